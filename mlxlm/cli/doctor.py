@@ -1,0 +1,106 @@
+"""`mlxlm doctor`: what this machine has, and whether mlxlm computes rightly on it."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlxlm.errors import UnsupportedModelError, UsageError
+
+if TYPE_CHECKING:
+    from mlxlm.kernels.attention.selfcheck import Check
+
+
+def doctor(
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Time the attention kernels on a model's shapes and keep the fastest.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="PATH_OR_ID", help="The model whose shapes --tune times.")
+    ] = None,
+    skip_check: Annotated[bool, typer.Option("--skip-check", help="Report the machine only.")] = False,
+) -> None:
+    """Report machine, MLX, BLAS and memory, and check attention against its reference.
+
+    Metal kernels that fail are switched off on this machine, and a report to paste into an issue is printed.
+    """
+    if tune != (model is not None):
+        raise UsageError("--tune and --model go together: the shapes that are timed are those of a model")
+    machine()
+    failed = [] if skip_check else check()
+    if tune:
+        _tune(str(model))
+    if failed:
+        raise typer.Exit(1)
+
+
+def machine() -> None:
+    """Print what the machine has."""
+    import mlx.core as mx
+
+    from mlxlm import runtime
+    from mlxlm.version import __version__
+
+    blas, memory, info = runtime.load_blas(), runtime.memory(), mx.device_info()
+    rows = {
+        "mlxlm": __version__,
+        "Python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {info.get('device_name', 'unknown device')}",
+        "MLX": f"{mx.__version__}, backend {runtime.backend()}, architecture {info.get('architecture', 'unknown')}",
+        "BLAS": f"{blas.status}{f' ({blas.name})' if blas.name else ''}",
+        "memory": "unknown" if memory.total is None else f"{memory.total / 1e9:.1f} GB",
+        "working set": "unknown" if memory.working_set is None else f"{memory.working_set / 1e9:.1f} GB",
+    }
+    for name, value in rows.items():
+        print(f"{name:12} {value}")
+    if blas.advice():
+        print(f"advice       {blas.advice()}")
+
+
+def check() -> list[Check]:
+    """Check attention, print a line an implementation and every failure; returns the failures."""
+    from mlxlm import runtime
+    from mlxlm.kernels.attention import selfcheck
+
+    checks: list[Check] = []
+    for number, one in enumerate(selfcheck.run(), 1):
+        checks.append(one)
+        if sys.stderr.isatty():
+            print(f"\rchecking attention, {number} ...", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print("\r" + " " * 40 + "\r", end="", file=sys.stderr)
+    for implementation in dict.fromkeys(one.implementation for one in checks):
+        own = [one for one in checks if one.implementation == implementation]
+        good = sum(not one.problem for one in own)
+        print(f"attention    {implementation}: {good} of {len(own)} cases as the reference, outputs and gradients")
+    failed = [one for one in checks if one.problem]
+    for one in failed:
+        print(f"FAILED       {one.implementation}, {one.case}: {one.problem}")
+    if runtime.backend() == "metal" and selfcheck.record_failures(checks):
+        print("Our Metal kernels are switched off on this machine. Please paste all of this into an issue.")
+    return failed
+
+
+def _tune(model: str) -> None:
+    from mlxlm import runtime
+    from mlxlm.checkpoint import read_json
+    from mlxlm.kernels.attention import selfcheck
+    from mlxlm.models import family_of, find
+
+    path = find(model)
+    if path.suffix == ".gguf":
+        raise UnsupportedModelError("--tune reads shapes from a config.json; give a checkpoint directory or hub id")
+    attention = family_of(values := read_json(path / "config.json")).read_config(values).stack.layers[0].attention
+    dtype = "float32" if runtime.backend() == "cpu" else "bfloat16"
+    for line in selfcheck.tune(
+        heads=attention.num_heads,
+        kv_heads=attention.num_kv_heads,
+        head_dim=attention.head_dim,
+        value_dim=attention.head_dim,
+        dtype=dtype,
+        lengths=(256, 1024) if runtime.backend() == "cpu" else (512, 2048, 8192),
+    ):
+        print(f"tuned        {line}")

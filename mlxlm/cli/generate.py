@@ -1,0 +1,145 @@
+"""`mlxlm generate`: answer one prompt."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlxlm.cli import options as opt
+from mlxlm.errors import PromptError, UsageError
+
+if TYPE_CHECKING:
+    from mlxlm.generation import Beams
+
+
+def generate(
+    model: opt.Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt; - reads it from standard input.")],
+    system_prompt: opt.SystemPrompt = None,
+    max_tokens: opt.MaxTokens = 256,
+    temp: opt.Temperature = 0.0,
+    top_p: opt.TopP = 1.0,
+    top_k: opt.TopK = 0,
+    min_p: opt.MinP = 0.0,
+    repetition_penalty: opt.RepetitionPenalty = 1.0,
+    logit_bias: opt.LogitBias = None,
+    seed: opt.Seed = None,
+    stop: opt.Stop = None,
+    extra_eos_token: opt.StopToken = None,
+    ignore_chat_template: Annotated[
+        bool, typer.Option("--ignore-chat-template", help="Continue the prompt as it is, without the chat template.")
+    ] = False,
+    chat_template_config: Annotated[
+        str | None, typer.Option("--chat-template-config", metavar="JSON", help="Variables for the chat template.")
+    ] = None,
+    num_beams: Annotated[
+        int | None, typer.Option("--num-beams", help="Search the likeliest answer as a whole, with that many beams.")
+    ] = None,
+    num_return_sequences: Annotated[
+        int, typer.Option("--num-return-sequences", help="Answers of a beam search to print: score, tab, text.")
+    ] = 1,
+    length_penalty: Annotated[
+        float | None, typer.Option("--length-penalty", help="Of a beam search; more favours longer answers, default 1.")
+    ] = None,
+    early_stopping: Annotated[
+        str | None, typer.Option("--early-stopping", help="Of a beam search: true, false or never; default false.")
+    ] = None,
+    dtype: opt.Dtype = None,
+    revision: opt.Revision = None,
+) -> None:
+    """Answer a prompt.
+
+    The prompt is a chat message where the model has a chat template, else plain text: to be continued by a decoder,
+    to be answered by an encoder-decoder ("translate English to German: ...").
+    """
+    from mlxlm.generation import Sampling, stream_generate
+
+    sampling = Sampling(
+        temperature=temp,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        logit_bias=opt.parse_logit_bias(logit_bias),
+        seed=seed,
+    )
+    beams = _beams(num_beams, num_return_sequences, length_penalty, early_stopping)
+    if beams is not None and (sampling != Sampling() or stop):
+        raise UsageError("a beam search takes the likeliest answers: it goes with no sampling option and no --stop")
+    variables = opt.parse_object("--chat-template-config", chat_template_config)
+    text = (sys.stdin.read() if sys.stdin is not None else "") if prompt == "-" else prompt
+    if not text:
+        raise PromptError("the prompt is empty; give one with --prompt")
+    start = time.perf_counter()
+    network, tokenizer = opt.load(model, dtype, revision)
+    loaded = time.perf_counter() - start
+    tokens: str | list[int] = text
+    if tokenizer.chat_template is not None and not ignore_chat_template:
+        system = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
+        messages = [*system, {"role": "user", "content": text}]
+        tokens = tokenizer.encode_chat(messages, add_generation_prompt=True, **variables)
+    elif system_prompt is not None:
+        raise PromptError("--system-prompt needs a chat template, which this model doesn't have or was told to ignore")
+    stop_tokens = opt.token_ids(tokenizer, extra_eos_token)
+    if beams is not None:
+        _print_beams(network, tokenizer, tokens, beams, max_tokens, stop_tokens)
+        return
+    piece = None
+    try:
+        for piece in stream_generate(
+            network,
+            tokenizer,
+            tokens,
+            max_tokens=max_tokens,
+            stop=stop or (),
+            stop_tokens=stop_tokens,
+            sampling=sampling,
+        ):
+            print(piece.text, end="", flush=True)
+    finally:
+        if piece is not None:
+            print(flush=True)
+        opt.report(piece, loaded)
+
+
+def _beams(
+    num_beams: int | None, num_return: int, length_penalty: float | None, early_stopping: str | None
+) -> Beams | None:
+    """The search that the flags ask for, None without one. Raises UsageError for flags of a search that is not on."""
+    from mlxlm.generation import Beams
+
+    if num_beams is None:
+        given = {
+            "--num-return-sequences": num_return != 1,
+            "--length-penalty": length_penalty is not None,
+            "--early-stopping": early_stopping is not None,
+        }
+        for flag in (flag for flag, there in given.items() if there):
+            raise UsageError(f"{flag} is an option of beam search: give --num-beams too")
+        return None
+    choices: dict[str, Any] = {"true": True, "false": False, "never": "never"}
+    if early_stopping is not None and early_stopping not in choices:
+        raise UsageError(f"--early-stopping is true, false or never, not {early_stopping!r}")
+    return Beams(
+        num_beams=num_beams,
+        num_return=num_return,
+        length_penalty=1.0 if length_penalty is None else length_penalty,
+        early_stopping=choices[early_stopping or "false"],
+    )
+
+
+def _print_beams(
+    network: Any, tokenizer: Any, tokens: str | list[int], beams: Beams, max_tokens: int, stop_tokens: list[int]
+) -> None:
+    """The answers of a beam search; with their scores when there are several."""
+    from mlxlm.generation import beam_search
+
+    start = time.perf_counter()
+    (answers,) = beam_search(network, tokenizer, [tokens], beams=beams, max_tokens=max_tokens, stop_tokens=stop_tokens)
+    for answer in answers:
+        print(answer.text if beams.num_return == 1 else f"{answer.score:.4f}\t{answer.text}")
+    seconds = time.perf_counter() - start
+    print(f"{beams.num_beams} beams, {len(answers[0].tokens)} tokens in {seconds:.2f} s", file=sys.stderr)

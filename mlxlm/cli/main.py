@@ -1,0 +1,66 @@
+"""The command `mlxlm`. Heavy imports happen inside the verbs, so that help answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+import typer
+
+from mlxlm.cli.chat import chat
+from mlxlm.cli.doctor import doctor
+from mlxlm.cli.embed import embed
+from mlxlm.cli.families import families
+from mlxlm.cli.fill_mask import fill_mask
+from mlxlm.cli.generate import generate
+from mlxlm.errors import MlxlmError
+from mlxlm.version import __version__
+
+app = typer.Typer(
+    name="mlxlm",
+    help="Run, fine-tune, pretrain and study Transformers on Apple's MLX. Results go to stdout, the rest to stderr.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (generate, chat, embed, fill_mask, families, doctor):
+    app.command(verb.__name__.replace("_", "-"), no_args_is_help=verb in (fill_mask,))(verb)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"mlxlm {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    debug: bool = typer.Option(False, "--debug", help="Show a traceback for errors; works anywhere in the line."),
+) -> None:
+    """Options of all verbs; `run` has taken --debug out already, wherever it stood."""
+
+
+def run() -> None:
+    """Entry point: exit status 0 when all went well, 2 for a user's mistake (one line on stderr), 130 for Ctrl-C."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    try:
+        app(args=[argument for argument in arguments if argument != "--debug"])
+    except MlxlmError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except UnicodeError as error:
+        print(f"error: text that can't be read or written in this encoding: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        # The reader of our output has gone, as `| head` does; nothing more can be said on stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)

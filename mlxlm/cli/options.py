@@ -1,0 +1,113 @@
+"""Options that several verbs share, and what they have in common."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlxlm.errors import SamplingError, UsageError
+
+if TYPE_CHECKING:
+    from mlxlm.generation import Piece
+    from mlxlm.models import Transformer
+    from mlxlm.tokenizers import Tokenizer
+
+Model = Annotated[
+    str, typer.Option("--model", metavar="PATH_OR_ID", help="A checkpoint directory, a .gguf file or a hub id.")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float32, float16 or bfloat16; default the checkpoint's, float32 on the CPU."),
+]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-m", help="Most tokens of an answer.")]
+Temperature = Annotated[float, typer.Option("--temp", help="Sampling temperature; 0 takes the likeliest token.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens of this joint probability.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Sample from the k likeliest tokens; 0 is off.")]
+MinP = Annotated[float, typer.Option("--min-p", help="Drop tokens below this share of the likeliest one.")]
+RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1 avoids repetition.")]
+LogitBias = Annotated[str | None, typer.Option("--logit-bias", metavar="JSON", help='As {"TOKEN_ID": BIAS, ...}.')]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of the random numbers; default drawn anew.")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="A string that ends an answer; may be repeated.")]
+StopToken = Annotated[
+    list[str] | None, typer.Option("--extra-eos-token", help="A further token that ends an answer; may be repeated.")
+]
+SystemPrompt = Annotated[str | None, typer.Option("--system-prompt", help="The system message.")]
+
+
+@contextlib.contextmanager
+def loading(name: str) -> Iterator[None]:
+    """A sign of life on a terminal while a model is loaded."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"loading {name}"):
+        yield
+
+
+def load(model: str, dtype: str | None, revision: str | None) -> tuple[Transformer, Tokenizer]:
+    """Model and tokenizer, with a sign of life."""
+    from mlxlm.models import find
+    from mlxlm.models import load as load_checkpoint
+
+    path = find(model, revision=revision)  # shows progress bars of its own
+    with loading(model):
+        return load_checkpoint(path, dtype=dtype)
+
+
+def parse_logit_bias(text: str | None) -> dict[int, float]:
+    """Token biases from JSON. Raises SamplingError for anything else."""
+    if text is None:
+        return {}
+    try:
+        return {int(token): float(bias) for token, bias in json.loads(text).items()}
+    except (ValueError, TypeError, AttributeError):
+        raise SamplingError(f'--logit-bias is JSON such as {{"42": -5.0}}, not {text!r}') from None
+
+
+def parse_object(flag: str, text: str | None) -> dict[str, Any]:
+    """A JSON object given to a flag. Raises UsageError for anything else."""
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UsageError(f'{flag} is a JSON object such as {{"enable_thinking": false}}, not {text!r}')
+    return value
+
+
+def token_ids(tokenizer: Tokenizer, tokens: list[str] | None) -> list[int]:
+    """Ids of tokens by name. Raises UsageError for one that the tokenizer doesn't have."""
+    ids = []
+    for token in tokens or ():
+        number = tokenizer.token_id(token)
+        if number is None:
+            raise UsageError(f"--extra-eos-token {token!r} is no token of this model")
+        ids.append(number)
+    return ids
+
+
+def report(piece: Piece | None, seconds_to_load: float) -> None:
+    """Tokens, speed and memory of an answer, on stderr."""
+    if piece is None:
+        return
+    from mlxlm.runtime import memory
+
+    cached = f" ({piece.cached_tokens} cached)" if piece.cached_tokens else ""
+    reason = {"stop": "stop token or string", "length": "length limit", None: "interrupted"}[piece.finish_reason]
+    loaded = f"loaded in {seconds_to_load:.2f} s; " if seconds_to_load else ""
+    print(
+        f"{loaded}prompt: {piece.prompt_tokens} tokens{cached}, {piece.prompt_rate:.1f} tokens/s, first token after "
+        f"{piece.prompt_seconds:.2f} s; answer: {piece.generated_tokens} tokens, {piece.decode_rate:.1f} tokens/s, "
+        f"ended by {reason}; peak memory {memory().peak / 1e9:.2f} GB",
+        file=sys.stderr,
+    )

@@ -1,0 +1,272 @@
+"""Autoregressive decoding: the prompt, then one token after another from the cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from mlxlm.errors import PromptError, UsageError, nearest
+from mlxlm.generation.sampling import Sampler, Sampling
+from mlxlm.generation.steps import check_generates, check_ids, make_steps, room
+from mlxlm.generation.stopping import StopStrings
+from mlxlm.layers import Cache
+
+if TYPE_CHECKING:
+    from mlxlm.models import Transformer
+    from mlxlm.tokenizers import Tokenizer
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A piece of an answer as it is generated.
+
+    text: new text, may be empty.  token: the id behind it, None in a last piece that only ends the answer.
+    finish_reason: None, "stop" (stop token or stop string) or "length" (max_tokens or the context is used up).
+    prompt_tokens: of the whole prompt.  cached_tokens: of these, how many the given cache held already.
+    generated_tokens: so far, a stop token included.
+    prompt_seconds: until the first token was there.  decode_seconds: since then.
+    """
+
+    text: str
+    token: int | None
+    finish_reason: str | None
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    prompt_seconds: float
+    decode_seconds: float
+
+    @property
+    def prompt_rate(self) -> float:
+        """Prompt tokens a second, cached ones not counted."""
+        return (self.prompt_tokens - self.cached_tokens) / max(self.prompt_seconds, 1e-9)
+
+    @property
+    def decode_rate(self) -> float:
+        """Tokens a second after the first."""
+        return max(self.generated_tokens - 1, 0) / max(self.decode_seconds, 1e-9)
+
+
+def prompt_tokens(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    """Token ids of a prompt: text, ids, or chat messages (dicts with "role" and "content").
+
+    Raises PromptError when there is nothing in it.
+    """
+    if isinstance(prompt, str):
+        if not prompt:
+            raise PromptError("the prompt is empty")
+        tokens = tokenizer.encode(prompt)
+    elif prompt and isinstance(prompt[0], Mapping):
+        tokens = tokenizer.encode_chat(list(prompt))
+    else:
+        tokens = [int(token) for token in prompt]  # type: ignore[call-overload]
+    if not tokens:
+        raise PromptError("the prompt is empty: it has no tokens")
+    return tokens
+
+
+def stream_generate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    max_tokens: int = 100,
+    stop: Iterable[str] | str = (),
+    stop_tokens: Iterable[int] = (),
+    cache: Cache | None = None,
+    sampling: Sampling | None = None,
+    **options: Any,
+) -> Iterator[Piece]:
+    """Generate an answer piece by piece: what continues the prompt, or with an encoder-decoder what answers it.
+
+    prompt: text, token ids or chat messages.  max_tokens: of the answer, default 100; it also ends where the model's
+    context does.  stop: strings that end the answer and are not part of it.  stop_tokens: further token ids that end
+    it, beside the tokenizer's own.  cache: from `model.make_cache()`; tokens it holds must begin the prompt, and it
+    holds them and the answer afterwards, but for its last token when max_tokens ended it; only for models without an
+    encoder.  sampling: see `Sampling`; or its fields as keywords (temperature=0.7 ...). A repetition penalty counts
+    what the decoder reads: prompt and answer, or with an encoder-decoder the answer alone.
+
+    Raises PromptError for an empty prompt or one that fills the context, SamplingError for bad options and
+    UnsupportedModelError for a model that can't generate.
+    """
+    sampling = sampling_of(sampling, options)
+    if max_tokens < 1:
+        raise UsageError(f"max_tokens is {max_tokens}, but at least one token must be generated")
+    check_generates(model)
+    tokens = prompt_tokens(tokenizer, prompt)
+    stops = StopStrings(stop)
+    check_ids(model, tokens)
+    cache = _cache(model, tokens, cache)
+    sampler = make_sampler(model, tokenizer, tokens, sampling)
+    limit = room(model, tokens, max_tokens)
+    return _pieces(model, tokenizer, tokens, cache, sampler, stops, set(tokenizer.stop_ids) | set(stop_tokens), limit)
+
+
+def make_sampler(model: Transformer, tokenizer: Tokenizer, prompt: list[int], sampling: Sampling) -> Sampler:
+    """A sampler for one answer, over the words that both the model and the tokenizer have."""
+    # Some heads have more rows than the tokenizer has words; those rows say nothing.
+    words = min(tokenizer.vocab_size, model.config.embeddings.vocab_size)
+    start = model.config.decoder_start
+    return sampling.sampler(prompt if start is None else [start], words)
+
+
+def _cache(model: Transformer, tokens: list[int], cache: Cache | None) -> Cache:
+    if cache is None:
+        return model.make_cache()
+    if model.config.has_memory:
+        raise UsageError("a cache can't be given to an encoder-decoder model: its encoder reads every prompt anew")
+    if cache.length >= len(tokens):
+        raise PromptError(f"the cache holds {cache.length} tokens; a prompt that continues it has more than that")
+    return cache
+
+
+def sampling_of(sampling: Sampling | None, options: dict[str, Any]) -> Sampling:
+    """A sampling given as such, or by its fields as keywords. Raises UsageError for both and for unknown ones."""
+    if sampling is not None:
+        if options:
+            raise UsageError(f"give either sampling or its fields, not both: {', '.join(options)}")
+        return sampling
+    known = [field.name for field in fields(Sampling)]
+    for name in options:
+        if name not in known:
+            raise UsageError(f"unknown option {name!r}{nearest(name, known)}")
+    return Sampling(**options)
+
+
+def _pieces(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    tokens: list[int],
+    cache: Cache,
+    sampler: Sampler,
+    stops: StopStrings,
+    stop_tokens: set[int],
+    limit: int,
+) -> Iterator[Piece]:
+    detokenizer = tokenizer.detokenizer()
+    start, cached = time.perf_counter(), cache.length
+    first: float | None = None
+    for count, token in enumerate(decode(model, tokens, cache, sampler, limit), 1):
+        now = time.perf_counter()
+        first = now if first is None else first
+        text, reason = "", None
+        if token in stop_tokens:
+            reason = "stop"
+        else:
+            text = stops.add(detokenizer.add(token))
+            reason = "stop" if stops.stopped else "length" if count == limit else None
+        if reason is not None and not stops.stopped:
+            text += stops.add(detokenizer.finish())
+            text += stops.finish()
+        yield Piece(
+            text=text,
+            token=token,
+            finish_reason=reason,
+            prompt_tokens=len(tokens),
+            cached_tokens=cached,
+            generated_tokens=count,
+            prompt_seconds=first - start,
+            decode_seconds=now - first,
+        )
+        if reason is not None:
+            return
+
+
+def decode(model: Transformer, tokens: list[int], cache: Cache, sampler: Sampler, max_tokens: int) -> Iterator[int]:
+    """Up to max_tokens token ids that follow (or answer) `tokens`, of which the cache may hold the beginning.
+
+    The next step is launched before a token is read, so that the device never waits for Python. The cache holds the
+    prompt and the tokens that were yielded, but for the last of max_tokens.
+    """
+    steps = make_steps(model, cache)
+    token = sampler(steps.start([tokens]))
+    mx.async_eval(token)
+    for count in range(1, max_tokens + 1):
+        if count < max_tokens:
+            following = sampler(steps.step(token))
+            mx.async_eval(following)
+        yield int(token.item())
+        if count < max_tokens:
+            token = following
+
+
+def generate(model: Transformer, tokenizer: Tokenizer, prompt: Prompt, **options: Any) -> str:
+    """The whole answer as text. Arguments as for `stream_generate`."""
+    return "".join(piece.text for piece in stream_generate(model, tokenizer, prompt, **options))
+
+
+def generate_batch(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    *,
+    max_tokens: int = 100,
+    stop_tokens: Iterable[int] = (),
+    batch_size: int = 16,
+    sampling: Sampling | None = None,
+    **options: Any,
+) -> list[str]:
+    """The answer to each prompt, in order.
+
+    An encoder-decoder answers batch_size of them at once, prompts of like length together; other models take one
+    after another. A seed is that of the first prompt; the next ones count on from it. Other arguments as for
+    `stream_generate`.
+    """
+    if isinstance(prompts, str):
+        raise UsageError("prompts is one string; give a list of them, or use generate")
+    if batch_size < 1:
+        raise UsageError(f"batch_size is {batch_size}, but must be at least 1")
+    if max_tokens < 1:
+        raise UsageError(f"max_tokens is {max_tokens}, but at least one token must be generated")
+    sampling = sampling_of(sampling, options)
+    check_generates(model)
+    stops = set(tokenizer.stop_ids) | set(stop_tokens)
+    rows = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
+    samplers, limits = [], []
+    for number, row in enumerate(rows):
+        check_ids(model, row)
+        own = sampling if sampling.seed is None else replace(sampling, seed=(sampling.seed + number) % 2**64)
+        samplers.append(make_sampler(model, tokenizer, row, own))
+        limits.append(room(model, row, max_tokens))
+    answers: list[list[int]] = [[] for _ in rows]
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    size = batch_size if model.config.has_memory else 1
+    for first in range(0, len(order), size):
+        batch = order[first : first + size]
+        for index, answer in zip(
+            batch,
+            _answers(model, *([each[i] for i in batch] for each in (rows, samplers, limits)), stops),
+            strict=True,
+        ):
+            answers[index] = answer
+    return [tokenizer.decode(answer) for answer in answers]
+
+
+def _answers(
+    model: Transformer, rows: list[list[int]], samplers: list[Sampler], limits: list[int], stops: set[int]
+) -> list[list[int]]:
+    """Token ids of the answers to a batch of prompts, stop tokens left out. Rows that are done leave the batch."""
+    steps = make_steps(model)
+    answers: list[list[int]] = [[] for _ in rows]
+    logits, active = steps.start(rows), list(range(len(rows)))
+    while True:
+        chosen = mx.concatenate([samplers[index](logits[i : i + 1]) for i, index in enumerate(active)])
+        left = []
+        for i, (index, token) in enumerate(zip(active, chosen.tolist(), strict=True)):
+            if token in stops:
+                continue
+            answers[index].append(token)
+            if len(answers[index]) < limits[index]:
+                left.append(i)
+        if not left:
+            return answers
+        if len(left) < len(active):
+            steps.take(left)
+            chosen, active = chosen[mx.array(left)], [active[i] for i in left]
+        logits = steps.step(chosen)

@@ -1,0 +1,156 @@
+"""Multi-head attention: projections around the one door `mlxlm.kernels.attention`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import mlx.core as mx
+from mlx import nn
+
+from mlxlm.errors import ConfigError
+from mlxlm.kernels import AttentionMask, attention
+from mlxlm.layers.alibi import AlibiSpec
+from mlxlm.layers.cache import KeyValueCache
+from mlxlm.layers.norms import NoNormSpec, NormSpec
+from mlxlm.layers.positions import AttentionPositions, NoPositionsSpec, RotarySpec, TokenPositions
+from mlxlm.layers.relative_positions import RelativeBucketsSpec
+from mlxlm.layers.rotary_2d import Rotary2dSpec
+from mlxlm.layers.spec import Spec
+
+
+@dataclass
+class Scope:
+    """What one forward pass knows of its tokens: where they stand and which of them belong together.
+
+    positions: of the tokens of this pass.  mask: padding, segments and prefixes; each layer adds its own direction
+    and window.  memory_mask: the same for an encoder's output, seen by cross-attention.
+    shared: a position encoding that all self-attention layers of a stack have in common.
+    """
+
+    positions: TokenPositions
+    mask: AttentionMask = field(default_factory=AttentionMask)
+    memory_mask: AttentionMask = field(default_factory=AttentionMask)
+    shared: AttentionPositions | None = None
+    _masks: dict[tuple[bool, int | None], AttentionMask] = field(default_factory=dict)
+    _terms: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
+
+    def mask_for(self, causal: bool, window: int | None) -> AttentionMask:
+        """The mask of a layer; made once a pass, since most layers share it."""
+        key = (causal, window)
+        if key not in self._masks:
+            self._masks[key] = replace(self.mask, causal=causal, window=window)
+        return self._masks[key]
+
+    def shared_terms(self, query_length: int, key_length: int) -> dict[str, Any]:
+        """What the shared position encoding adds to the scores; made once a pass, since its layers all need it."""
+        if self.shared is None:
+            return {}
+        key = (query_length, key_length)
+        if key not in self._terms:
+            self._terms[key] = self.shared.score_terms(query_length, key_length, self.positions.offset)
+        return self._terms[key]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec(Spec):
+    """Scaled dot-product attention with several heads (Vaswani et al. 2017, arXiv:1706.03762).
+
+    dim: features in and out.  num_heads: query heads.  num_kv_heads: key/value heads, a divisor of num_heads: equal is
+    multi-head, 1 multi-query (Shazeer 2019, arXiv:1911.02150), else grouped (Ainslie et al. 2023, arXiv:2305.13245).
+    head_dim: features of a head.  causal: a query sees no later key.  window: a causal query sees that many keys, its
+    own included, default all.  positions: hooks on queries, keys and scores.  bias: on query, key and value,
+    output_bias: on the output projection, default False.  query_norm, key_norm: over each head, before positions.
+    scale: of the scores, default head_dim ** -0.5.  softcap: bounds scores by softcap * tanh(score / softcap).
+    clip: bounds projected queries, keys and values to [-clip, clip], default none.
+    dropout: of attention probabilities in training, default 0.
+    """
+
+    dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    causal: bool
+    window: int | None = None
+    positions: NoPositionsSpec | RotarySpec | Rotary2dSpec | AlibiSpec | RelativeBucketsSpec = NoPositionsSpec()
+    bias: bool = False
+    output_bias: bool = False
+    query_norm: NormSpec = NoNormSpec()
+    key_norm: NormSpec = NoNormSpec()
+    scale: float | None = None
+    softcap: float | None = None
+    clip: float | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
+            raise ConfigError(f"{self.num_heads} query heads can't share {self.num_kv_heads} key/value heads evenly")
+
+    def build(self) -> Attention:
+        """The module, (B, L, dim) -> (B, L, dim)."""
+        return Attention(self)
+
+
+class Attention(nn.Module):
+    """See `AttentionSpec`. Weights: query, key, value, output, and query_norm, key_norm where they are asked for."""
+
+    def __init__(self, spec: AttentionSpec):
+        super().__init__()
+        self.spec = spec
+        self.scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
+        self.query = nn.Linear(spec.dim, spec.num_heads * spec.head_dim, bias=spec.bias)
+        self.key = nn.Linear(spec.dim, spec.num_kv_heads * spec.head_dim, bias=spec.bias)
+        self.value = nn.Linear(spec.dim, spec.num_kv_heads * spec.head_dim, bias=spec.bias)
+        self.output = nn.Linear(spec.num_heads * spec.head_dim, spec.dim, bias=spec.output_bias)
+        self.positions = spec.positions.build()
+        self.query_norm = spec.query_norm.build()
+        self.key_norm = spec.key_norm.build()
+
+    def __call__(
+        self, x: mx.array, scope: Scope, cache: KeyValueCache | None = None, memory: mx.array | None = None
+    ) -> mx.array:
+        """x (B, L, dim) attends to itself and the cache, or to memory (B, S, dim) when that is given."""
+        query = self.query_norm(self._heads(self.query(x)))
+        if memory is None:
+            key, value = self._keys_and_values(x)
+            query, key = self.positions.rotate(query, key, scope.positions)
+            if cache is not None:
+                key, value = cache.update(key, value)
+            mask = scope.mask_for(self.spec.causal, self.spec.window)
+            lengths = query.shape[2], key.shape[2]
+            terms = scope.shared_terms(*lengths) | self.positions.score_terms(*lengths, scope.positions.offset)
+        else:
+            key, value = self._projected_memory(memory, cache)
+            mask, terms = scope.memory_mask, {}
+        dropping = self.training and self.spec.dropout > 0
+        out = attention(
+            query,
+            key,
+            value,
+            scale=self.scale,
+            mask=mask,
+            softcap=self.spec.softcap,
+            dropout=self.spec.dropout if dropping else 0.0,
+            # Drawn from MLX's global random state, so that compiled training steps that capture it stay reproducible.
+            dropout_key=mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32) if dropping else None,
+            **terms,
+        )
+        batch, _, length, _ = out.shape
+        return self.output(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+
+    def _heads(self, x: mx.array) -> mx.array:
+        if self.spec.clip is not None:
+            x = mx.clip(x, -self.spec.clip, self.spec.clip)
+        batch, length, _ = x.shape
+        return x.reshape(batch, length, -1, self.spec.head_dim).transpose(0, 2, 1, 3)
+
+    def _keys_and_values(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        key = self.key_norm(self._heads(self.key(x)))
+        return key, self._heads(self.value(x))
+
+    def _projected_memory(self, memory: mx.array, cache: KeyValueCache | None) -> tuple[mx.array, mx.array]:
+        if cache is None:
+            return self._keys_and_values(memory)
+        if cache.memory is None:
+            cache.memory = self._keys_and_values(memory)
+        return cache.memory

@@ -1,0 +1,55 @@
+"""The position-wise feed-forward layer, plain or gated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+from mlx import nn
+
+from mlxlm.layers.activations import activation, fused
+from mlxlm.layers.spec import Spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedForwardSpec(Spec):
+    """Plain: down(act(up(x))) (Vaswani et al. 2017, arXiv:1706.03762).
+
+    Gated: down(act(gate(x)) * up(x)), the GLU family of Shazeer 2020 (arXiv:2002.05202): activation "sigmoid" is
+    GLU, "identity" Bilinear, "relu" ReGLU, "gelu" GeGLU, "silu" SwiGLU.
+
+    dim: features in and out.  hidden_dim: features between.  activation: a name from `activations`.
+    gated: default False.  bias: on every projection, default False.
+    dropout: of the hidden features in training, default 0.
+    """
+
+    dim: int
+    hidden_dim: int
+    activation: str
+    gated: bool = False
+    bias: bool = False
+    dropout: float = 0.0
+
+    def build(self) -> FeedForward:
+        """The module, (..., dim) -> (..., dim)."""
+        return FeedForward(self)
+
+
+class FeedForward(nn.Module):
+    """See `FeedForwardSpec`. Weights: up, down and, when gated, gate."""
+
+    def __init__(self, spec: FeedForwardSpec):
+        super().__init__()
+        self.spec = spec
+        act = activation(spec.activation)
+        self._inner = fused((lambda gate, up: act(gate) * up) if spec.gated else act)
+        if spec.gated:
+            self.gate = nn.Linear(spec.dim, spec.hidden_dim, bias=spec.bias)
+        self.up = nn.Linear(spec.dim, spec.hidden_dim, bias=spec.bias)
+        self.down = nn.Linear(spec.hidden_dim, spec.dim, bias=spec.bias)
+        self.dropout = nn.Dropout(spec.dropout)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.spec.gated:
+            return self.down(self.dropout(self._inner(self.gate(x), self.up(x))))
+        return self.down(self.dropout(self._inner(self.up(x))))

@@ -1,0 +1,136 @@
+"""MPT (MosaicML 2023, "Introducing MPT-7B"): pre-LayerNorm without biases anywhere, linear biases for positions, tied
+head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlxlm.errors import ConfigError
+from mlxlm.layers import (
+    AlibiSpec,
+    AttentionSpec,
+    BlockSpec,
+    EmbeddingsSpec,
+    FeedForwardSpec,
+    LayerNormSpec,
+    ResidualSpec,
+)
+from mlxlm.models.config import TransformerConfig
+from mlxlm.models.decoders import QKV, assemble, layer_rules, outer_keys, outer_rules, prefixes
+from mlxlm.models.family import Family, Layout
+from mlxlm.models.heads import LanguageModelHeadSpec
+from mlxlm.models.hub_config import HubConfig
+from mlxlm.models.weights import Rule, split, under
+
+_CLASSES = ("MptModel", "MptForCausalLM")
+
+
+def parse(hub: HubConfig) -> TransformerConfig:
+    """config.json -> configuration."""
+    dim = hub.take("d_model", "hidden_size", default=2048)
+    heads = hub.take("n_heads", "num_attention_heads", default=16)
+    norm = LayerNormSpec(dim=dim, eps=hub.take("layer_norm_epsilon", default=1e-5), bias=False)
+    residual = ResidualSpec(norm_in=norm, dropout=hub.take("resid_pdrop", default=0.0))
+    block = BlockSpec(
+        attention=_parse_attention(hub, dim, heads),
+        attention_residual=residual,
+        feed_forward=FeedForwardSpec(
+            dim=dim, hidden_dim=hub.take("expansion_ratio", default=4) * dim, activation="gelu"
+        ),
+        feed_forward_residual=residual,
+    )
+    hub.expect("no_bias", True)
+    hub.expect("norm_type", "low_precision_layernorm", "layernorm")
+    hub.note("learned_pos_emb")  # without effect beside linear biases
+    # How weights are made, gradients scaled, and padding skipped.
+    hub.note("init_config", "init_device", "embedding_fraction", "verbose", "param_init_fn", "use_pad_tok_in_ffn")
+    embeddings = EmbeddingsSpec(vocab_size=hub.take("vocab_size"), dim=dim, dropout=hub.take("emb_pdrop", default=0.0))
+    return assemble(
+        hub,
+        classes=_CLASSES,
+        embeddings=embeddings,
+        layers=(block,) * hub.take("n_layers", "num_hidden_layers", default=24),
+        norm=norm,
+        tied=True,
+        max_length=hub.take("max_seq_len", default=2048),
+        scale=_logit_scale(hub.take("logit_scale", default=None), dim),
+    )
+
+
+def _parse_attention(hub: HubConfig, dim: int, heads: int) -> AttentionSpec:
+    inner = HubConfig({"model_type": "mpt", **(hub.take("attn_config", default={}) or {})})
+    inner.expect("attn_type", "multihead_attention")
+    inner.expect("prefix_lm", False)
+    inner.expect("qk_ln", False)
+    inner.expect("attn_uses_sequence_id", False)
+    inner.expect("alibi", True)
+    inner.note("attn_impl")
+    attention = AttentionSpec(
+        dim=dim,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=dim // heads,
+        causal=True,
+        positions=AlibiSpec(num_heads=heads, max_exponent=float(inner.take("alibi_bias_max", default=8))),
+        scale=inner.take("softmax_scale", default=None),
+        clip=inner.take("clip_qkv", default=None),
+        dropout=inner.take("attn_pdrop", default=0.0),
+    )
+    inner.finish()
+    return attention
+
+
+def _logit_scale(value: float | str | None, dim: int) -> float:
+    if value == "inv_sqrt_d_model":
+        return dim**-0.5
+    if isinstance(value, str):
+        raise ConfigError(f"config.json: logit_scale = {value!r}, expected a number or 'inv_sqrt_d_model'")
+    return 1.0 if value is None else float(value)
+
+
+def unparse(config: TransformerConfig) -> dict[str, Any]:
+    """Configuration -> config.json."""
+    block = config.stack.layers[0]
+    attention = block.attention
+    exponent = attention.positions.max_exponent
+    scale = config.head.scale if isinstance(config.head, LanguageModelHeadSpec) else 1.0
+    return {
+        **outer_keys(config, "mpt", _CLASSES),
+        "d_model": config.dim,
+        "n_heads": attention.num_heads,
+        "n_layers": len(config.stack.layers),
+        "expansion_ratio": block.feed_forward.hidden_dim // config.dim,
+        "max_seq_len": config.max_length,
+        "layer_norm_epsilon": config.stack.norm.eps,
+        "resid_pdrop": block.attention_residual.dropout,
+        "emb_pdrop": config.embeddings.dropout,
+        "logit_scale": None if scale == 1.0 else scale,
+        "attn_config": {
+            "alibi": True,
+            "alibi_bias_max": int(exponent) if exponent.is_integer() else exponent,
+            "attn_pdrop": attention.dropout,
+            "clip_qkv": attention.clip,
+            "softmax_scale": attention.scale,
+        },
+    }
+
+
+def rules(config: TransformerConfig, layout: Layout = "hub") -> tuple[Rule, ...]:
+    """Weight names. Query, key and value are one tensor, one after another."""
+    where = prefixes(config, "transformer.")
+    names = {
+        "attn.out_proj": "attention.output",
+        "ffn.up_proj": "feed_forward.up",
+        "ffn.down_proj": "feed_forward.down",
+        "norm_1": "attention_residual.norm_in",
+        "norm_2": "feed_forward_residual.norm_in",
+    }
+    return (
+        *outer_rules(config, where, token="wte", norm="norm_f", tokens_head="classifier"),
+        split(under(where, "blocks.{n}.attn.Wqkv.{p}"), QKV, (config.dim,) * 3),
+        *layer_rules(where, "blocks.{n}.", names),
+    )
+
+
+FAMILY = Family(name="MPT", model_types=("mpt",), parse=parse, unparse=unparse, rules=rules)

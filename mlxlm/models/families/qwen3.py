@@ -1,0 +1,38 @@
+"""Qwen3 (Yang et al. 2025, arXiv:2505.09388): the LLaMA shape with RMSNorm over each query and key head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlxlm.models.config import TransformerConfig
+from mlxlm.models.families.llama import decoder_rules, gguf_config, gguf_rules, parse_decoder, unparse_decoder
+from mlxlm.models.families.qwen2 import parse_windows, unparse_windows
+from mlxlm.models.family import Family, GgufDialect
+from mlxlm.models.hub_config import HubConfig
+
+
+def parse(hub: HubConfig) -> TransformerConfig:
+    """config.json -> configuration."""
+    bias = hub.take("attention_bias", default=False)
+    windows = parse_windows(hub)
+    return parse_decoder(hub, name="Qwen3", bias=bias, output_bias=bias, head_norm=True, head_dim=128, windows=windows)
+
+
+def unparse(config: TransformerConfig) -> dict[str, Any]:
+    """Configuration -> config.json."""
+    keys = unparse_decoder(config, model_type="qwen3", name="Qwen3")
+    return {**keys, **unparse_windows(config), "attention_bias": config.stack.layers[0].attention.bias}
+
+
+FAMILY = Family(
+    name="Qwen3",
+    model_types=("qwen3",),
+    parse=parse,
+    unparse=unparse,
+    rules=decoder_rules,
+    gguf=GgufDialect(
+        architectures=("qwen3",),
+        config=lambda metadata, tensors: gguf_config("qwen3", metadata, tensors),
+        rules=lambda config: gguf_rules(config, paired=False),
+    ),
+)

@@ -1,0 +1,201 @@
+"""From a checkpoint on disk or on the hub to a model, and back.
+
+A checkpoint is a Hugging Face directory (float or MLX-quantized) or a GGUF file. What is saved is a Hugging Face
+directory: float weights as transformers writes them, quantized ones as mlx-lm does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxlm import runtime
+from mlxlm.checkpoint import (
+    Checkpoint,
+    Quantization,
+    QuantizationConfig,
+    dequantize,
+    open_gguf,
+    open_safetensors,
+    quantized_modules,
+    read_json,
+    resolve_model,
+)
+from mlxlm.errors import UsageError, nearest
+from mlxlm.kernels.attention import selfcheck
+from mlxlm.models.config import TransformerConfig
+from mlxlm.models.families import family_of, gguf_family
+from mlxlm.models.family import GgufTensors, Layout
+from mlxlm.models.source import Source
+from mlxlm.models.transformer import Transformer
+from mlxlm.models.weights import Rule, check, check_copies, to_canonical
+
+if TYPE_CHECKING:
+    from mlxlm.tokenizers import Tokenizer
+
+_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+def load(
+    path_or_hub_id: str | Path,
+    *,
+    dtype: str | mx.Dtype | None = None,
+    quantized: bool | None = None,
+    revision: str | None = None,
+    offline: bool | None = None,
+) -> tuple[Transformer, Tokenizer]:
+    """A model in evaluation mode and its tokenizer.
+
+    path_or_hub_id: a checkpoint directory, a .gguf file, or a hub id such as "org/name" (downloaded once, then cached).
+    dtype: to compute in, "float32", "float16" or "bfloat16"; default the checkpoint's, float32 on the CPU.
+    quantized: keep quantized weights as they are; default True on GPUs, False (dequantize) on the CPU, where MLX's
+    quantized products are slower than float32 ones.  revision: of a hub id.  offline: use only what is cached.
+
+    Raises ModelNotFoundError, UnsupportedModelError, ConfigError, CheckpointError, WeightsError or TokenizerError.
+    """
+    from mlxlm.tokenizers import load_tokenizer, tokenizer_from_gguf
+
+    path = find(path_or_hub_id, revision=revision, offline=offline)
+    if path.suffix.lower() == ".gguf":
+        checkpoint = open_gguf(path)
+        return _model_from_gguf(checkpoint, path, dtype, quantized), tokenizer_from_gguf(checkpoint.metadata)
+    tokenizer = load_tokenizer(path)
+    return load_model(path, dtype=dtype, quantized=quantized), tokenizer
+
+
+def find(path_or_hub_id: str | Path, *, revision: str | None = None, offline: bool | None = None) -> Path:
+    """The local directory or .gguf file of a model; a hub id is downloaded, its config.json first and checked first."""
+    return resolve_model(
+        path_or_hub_id,
+        revision=revision,
+        offline=offline,
+        check_config=lambda values: (QuantizationConfig.parse(values), family_of(values).read_config(values)),
+    )
+
+
+def load_model(path: str | Path, *, dtype: str | mx.Dtype | None = None, quantized: bool | None = None) -> Transformer:
+    """The model of a local directory or .gguf file, without a tokenizer. Arguments as for `load`."""
+    path = Path(path)
+    if path.suffix.lower() == ".gguf":
+        return _model_from_gguf(open_gguf(path), path, dtype, quantized)
+    values = read_json(path / "config.json")
+    family = family_of(values)
+    checkpoint = open_safetensors(path)
+    layout: Layout = "mlx" if checkpoint.metadata.get("format") == "mlx" else "hub"
+    config = family.read_config(values, frozenset(checkpoint.tensors))
+    model = _assemble(
+        config,
+        family.rules(config, layout),
+        checkpoint.load(),
+        quantized_modules(checkpoint, QuantizationConfig.parse(values)),
+        dtype=_compute_dtype(dtype, values, checkpoint),
+        quantized=quantized,
+    )
+    model.source = Source(family=family, path=path, values=values, config=config)
+    return model
+
+
+def _model_from_gguf(
+    checkpoint: Checkpoint, path: Path, dtype: str | mx.Dtype | None, quantized: bool | None
+) -> Transformer:
+    family = gguf_family(str(checkpoint.metadata.get("general.architecture", "")))
+    assert family.gguf is not None
+
+    def read(name: str) -> list[float]:
+        return checkpoint.load([name])[name].astype(mx.float32).tolist()  # type: ignore[return-value]
+
+    values = family.gguf.config(checkpoint.metadata, GgufTensors(frozenset(checkpoint.tensors), read))
+    config = family.read_config(values)
+    model = _assemble(
+        config,
+        family.gguf.rules(config),
+        checkpoint.load(),
+        quantized_modules(checkpoint, None),
+        dtype=_compute_dtype(dtype, values, checkpoint),
+        quantized=quantized,
+    )
+    values = {**values, **_gguf_token_ids(checkpoint.metadata)}
+    model.source = Source(family=family, path=path, values=values, config=config)
+    return model
+
+
+def _gguf_token_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
+    names = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "padding_token_id": "pad_token_id"}
+    return {
+        hub: int(metadata[f"tokenizer.ggml.{gguf}"])
+        for gguf, hub in names.items()
+        if f"tokenizer.ggml.{gguf}" in metadata
+    }
+
+
+def parse_dtype(dtype: str | mx.Dtype) -> mx.Dtype:
+    """A floating dtype by name. Raises UsageError for any other."""
+    if isinstance(dtype, mx.Dtype):
+        dtype = str(dtype).removeprefix("mlx.core.")
+    if dtype not in _DTYPES:
+        raise UsageError(f"dtype {dtype!r} is not one to compute in{nearest(dtype, _DTYPES)}")
+    return _DTYPES[dtype]
+
+
+def _compute_dtype(dtype: str | mx.Dtype | None, values: dict[str, Any], checkpoint: Checkpoint) -> mx.Dtype:
+    if dtype is not None:
+        return parse_dtype(dtype)
+    named = values.get("dtype") or values.get("torch_dtype")
+    if named not in _DTYPES:
+        # GGUF files and some old configs don't say; most of the bytes do. Quantized tensors have float16 scales.
+        sizes: dict[str, int] = {}
+        for info in checkpoint.tensors.values():
+            kind = info.dtype if info.dtype in _DTYPES else "float16"
+            sizes[kind] = sizes.get(kind, 0) + info.nbytes
+        named = max(sizes, key=lambda kind: sizes[kind], default="float32")
+    return runtime.default_dtype(_DTYPES[named])
+
+
+def _assemble(
+    config: TransformerConfig,
+    rules: tuple[Rule, ...],
+    tensors: dict[str, mx.array],
+    quantizations: Mapping[str, Quantization],
+    *,
+    dtype: mx.Dtype,
+    quantized: bool | None,
+) -> Transformer:
+    """A model with these tensors, evaluated one by one so that little lives twice.
+
+    tensors: by their names on disk; taken out of the dict.  quantizations: by module path on disk.
+    """
+    translation = to_canonical(rules, tensors)
+    if config.head is not None:
+        check_copies(translation)
+    translation.copies.clear()
+    tensors.clear()  # nothing but the canonical arrays may hold on to what is read
+    weights, modules = translation.tensors, {}
+    for name in weights:
+        if name.endswith(".scales"):
+            on_disk = translation.origins[name].removesuffix(".scales")
+            modules[name.removesuffix(".scales")] = quantizations[on_disk]
+    keep = runtime.backend() != "cpu" if quantized is None else quantized
+    if not keep:
+        for path, quantization in modules.items():
+            parts = (weights.pop(f"{path}.{kind}", None) for kind in ("weight", "scales", "biases"))
+            weights[f"{path}.weight"] = dequantize(*parts, quantization, dtype)
+        modules = {}
+    selfcheck.ensure_checked()
+    model = Transformer(config)
+    if modules:
+        arguments = {path: quantization.to_json() for path, quantization in modules.items()}
+        nn.quantize(model, class_predicate=lambda path, module: arguments.get(path, False))
+    check(rules, {name: array.shape for name, array in tree_flatten(model.parameters())}, translation)
+    for name in list(weights):
+        array = weights.pop(name)
+        array = array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+        mx.eval(array)
+        weights[name] = array
+    model.update(tree_unflatten(list(weights.items())))
+    model.eval()
+    return model

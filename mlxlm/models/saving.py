@@ -1,0 +1,139 @@
+"""Writing a model as a Hugging Face checkpoint directory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+from mlx import nn
+from mlx.utils import tree_flatten
+
+from mlxlm.checkpoint import (
+    Quantization,
+    QuantizationConfig,
+    save_safetensors,
+    write_bytes_atomic,
+    write_json_atomic,
+)
+from mlxlm.errors import UsageError
+from mlxlm.layers import differences
+from mlxlm.models.families import family as family_by_name
+from mlxlm.models.family import Family, Layout
+from mlxlm.models.hub_config import notes
+from mlxlm.models.source import Source
+from mlxlm.models.transformer import Transformer
+from mlxlm.models.weights import Rule, hub_name, to_hub
+
+if TYPE_CHECKING:
+    from mlxlm.tokenizers import Tokenizer
+
+# Small files that say how a checkpoint is used; they go along with it.
+_SIDECARS = (
+    "generation_config.json",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
+)
+
+
+def save(
+    model: Transformer,
+    tokenizer: Tokenizer | None,
+    directory: str | Path,
+    *,
+    family: str | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write config.json, safetensors and tokenizer files, each whole or not at all.
+
+    Float weights get transformers' names and orientation, quantized ones mlx-lm's, so that each loads there.
+    Saved over the directory that it was loaded from, a model keeps the tokenizer files there.
+    family: the `model_type` to write, for a model that was not loaded from a checkpoint.  max_shard_bytes: of one
+    safetensors file, default 5 GB.  Raises UsageError when the family is not known
+    or can't describe the model.
+    """
+    directory = Path(directory)
+    source: Source | None = getattr(model, "source", None)
+    if source is None and family is None:
+        raise UsageError("this model was not loaded from a checkpoint: say what to write it as, e.g. family='gpt2'")
+    home = family_by_name(family) if family is not None else source.family  # type: ignore[union-attr]
+    modules = _quantized(model)
+    layout: Layout = "mlx" if modules else "hub"
+    rules = home.rules(model.config, layout)
+    parameters = dict(tree_flatten(model.parameters()))
+    tensors = to_hub(rules, parameters)
+    values = _config_values(model, home, source, tensors)
+    values.pop("quantization", None), values.pop("quantization_config", None)
+    if modules:
+        values["quantization"] = values["quantization_config"] = _quantization_config(rules, modules)
+    values["dtype" if "dtype" in values else "torch_dtype"] = _dtype_name(parameters)
+    directory.mkdir(parents=True, exist_ok=True)
+    onto_itself = source is not None and source.path.resolve() == directory.resolve()
+    if tokenizer is not None and not onto_itself:
+        tokenizer.save(directory)  # first: it may refuse, and then nothing has been replaced
+    save_safetensors(
+        directory, tensors, metadata={"format": "mlx" if modules else "pt"}, max_shard_bytes=max_shard_bytes
+    )
+    _copy_sidecars(source, directory)
+    write_json_atomic(directory / "config.json", values)
+
+
+def _config_values(model: Transformer, family: Family, source: Source | None, weights: Iterable[str]) -> dict[str, Any]:
+    """The source's own config.json while it still describes the model, else one written anew that keeps its notes.
+
+    Raises UsageError when a config.json of this family can't say what the model is.
+    """
+    if source is not None and source.family is family:
+        if source.config == model.config and "architectures" in source.values:
+            return dict(source.values)
+        values = {**notes(source.values), **family.unparse(model.config)}
+    else:
+        values = family.unparse(model.config)
+    described = family.read_config(values, frozenset(weights))
+    if described != model.config:
+        unlike = ", ".join(differences(model.config, described))
+        raise UsageError(f"a config.json of {family.name} can't describe this model: {unlike}")
+    return values
+
+
+def _quantized(model: Transformer) -> dict[str, Quantization]:
+    kinds = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+    return {
+        path: Quantization(bits=module.bits, group_size=module.group_size, mode=module.mode)
+        for path, module in model.named_modules()
+        if isinstance(module, kinds)
+    }
+
+
+def _quantization_config(rules: tuple[Rule, ...], modules: dict[str, Quantization]) -> dict[str, Any]:
+    """One default, and an override for every module (by its path on disk) that differs from it."""
+    forms = list(modules.values())
+    default = max(dict.fromkeys(forms), key=forms.count)
+    overrides = {
+        hub_name(rules, f"{path}.scales").removesuffix(".scales"): form
+        for path, form in modules.items()
+        if form != default
+    }
+    return QuantizationConfig(default, overrides).to_json()
+
+
+def _dtype_name(parameters: dict[str, mx.array]) -> str:
+    sizes: dict[str, int] = {}
+    for array in parameters.values():
+        if mx.issubdtype(array.dtype, mx.floating):
+            name = str(array.dtype).removeprefix("mlx.core.")
+            sizes[name] = sizes.get(name, 0) + array.nbytes
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def _copy_sidecars(source: Source | None, directory: Path) -> None:
+    if source is None or source.path is None or not source.path.is_dir():
+        return
+    for name in _SIDECARS:
+        origin, target = source.path / name, directory / name
+        if origin.is_file() and origin.resolve() != target.resolve():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes_atomic(target, origin.read_bytes())

@@ -1,0 +1,165 @@
+"""The tile table against the limits of the hardware, and the row blocks against their budget."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from mlxlm.errors import AttentionError
+from mlxlm.kernels.attention.plan import (
+    CPU,
+    CUDA,
+    FRAGMENT,
+    MAX_BLOCKS,
+    MIN_BLOCK_ROWS,
+    REGISTERS,
+    THREADGROUP_BYTES,
+    AttentionProblem,
+    block_budget,
+    head_groups,
+    metal_profile,
+    plan,
+    row_blocks,
+)
+
+GENERATIONS = [metal_profile(f"applegpu_g{12 + generation}g") for generation in range(1, 6)]
+BASE = AttentionProblem(
+    dtype="bfloat16", batch=1, heads=8, kv_heads=2, query_length=4096, key_length=4096, head_dim=64, value_dim=64
+)
+
+
+@pytest.mark.parametrize("device", GENERATIONS, ids=lambda device: device.name)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_every_tile_fits_the_hardware(dtype, device):
+    for width in range(1, 257):
+        for value_width in {width, 32, 256}:
+            for length in (1, 5, 8, 4096):
+                problem = replace(BASE, dtype=dtype, head_dim=width, value_dim=value_width, query_length=length)
+                tiles = plan(problem, device)
+                for tile in (tiles.forward, tiles.dq, tiles.dkdv, *([tiles.decode] if tiles.decode else [])):
+                    assert tile.threadgroup_bytes <= THREADGROUP_BYTES, tile
+                    assert tile.registers_per_lane <= REGISTERS, tile
+                    assert 32 <= tile.threads <= 1024, tile
+                    assert tile.head_dim % FRAGMENT == 0 <= tile.head_dim - width < FRAGMENT, tile
+                    assert tile.value_dim % FRAGMENT == 0 <= tile.value_dim - value_width < FRAGMENT, tile
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("device", GENERATIONS[::2], ids=lambda device: device.name)
+def test_the_resident_side_has_eight_rows_a_simdgroup(dtype, device):
+    for width in (64, 128, 256):
+        tiles = plan(replace(BASE, dtype=dtype, head_dim=width, value_dim=width), device)
+        assert tiles.forward.block_queries == tiles.forward.simdgroups * FRAGMENT
+        assert tiles.dq.block_queries == tiles.dq.simdgroups * FRAGMENT
+        assert tiles.dkdv.block_keys == tiles.dkdv.simdgroups * FRAGMENT
+        assert tiles.decode is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "forward", "two_tiles"),
+    [("bfloat16", 64, 9_728, 9_216), ("bfloat16", 128, 14_848, 8_704), ("float32", 128, 27_136, 25_344)],
+)
+def test_threadgroup_bytes_as_counted_by_hand(dtype, width, forward, two_tiles):
+    tiles = plan(replace(BASE, dtype=dtype, head_dim=width, value_dim=width), GENERATIONS[0])
+    assert tiles.forward.threadgroup_bytes == forward
+    assert tiles.dq.threadgroup_bytes == two_tiles
+
+
+def test_wide_heads_are_refused():
+    with pytest.raises(AttentionError, match=r"width 264 .* the widest is 256"):
+        plan(replace(BASE, head_dim=257), GENERATIONS[0])
+
+
+def test_devices_are_read_off_their_architecture():
+    assert metal_profile("applegpu_g13s").name == "M1 Max"
+    assert metal_profile("applegpu_g14g").name == "M2"
+    assert metal_profile("applegpu_g16p").name == "M4"
+    assert metal_profile("applegpu_g19d").name == "M5 Ultra", "a newer chip counts as the newest known"
+    assert metal_profile("").generation == 1
+    assert not metal_profile("applegpu_g14s").native_bfloat16
+    assert metal_profile("applegpu_g15s").native_bfloat16
+    assert metal_profile("applegpu_g13g", 12 * 2**30).block_bytes == 192 * 2**20
+
+
+def test_long_work_is_split_into_short_launches():
+    short, long = plan(BASE, GENERATIONS[0]), plan(replace(BASE, query_length=65536, key_length=65536), GENERATIONS[0])
+    assert short.forward.dispatches == 1
+    assert long.forward.dispatches == BASE.kv_heads
+    assert plan(replace(long.problem, window=64, causal=True), GENERATIONS[0]).forward.dispatches == 1
+
+
+def test_decoding_against_a_long_cache_splits_the_keys():
+    decoding = replace(BASE, query_length=1, key_length=32768, causal=True, query_offset=32767)
+    tile = plan(decoding, GENERATIONS[0]).decode
+    assert tile.block_queries == 4, "the four heads of a group are served together"
+    assert tile.splits * 2 >= 4 * GENERATIONS[0].cores
+    assert plan(replace(decoding, key_length=100, query_offset=99), GENERATIONS[0]).decode.splits == 1
+    assert plan(replace(decoding, batch=64), GENERATIONS[0]).decode.splits == 1
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA, GENERATIONS[0]], ids=lambda device: device.name)
+@pytest.mark.parametrize("length", [1, 17, 1000, 4096, 32768])
+@pytest.mark.parametrize("mask", [{}, {"causal": True}, {"causal": True, "window": 300}, {"segments": True}], ids=str)
+def test_row_blocks_cover_all_rows_within_the_budget(mask, length, device):
+    problem = replace(BASE, query_length=length, key_length=length, **mask)
+    blocks = row_blocks(problem, device, 5)
+    assert [row for start, stop in blocks for row in range(start, stop)] == list(range(length))
+    assert len(blocks) <= MAX_BLOCKS
+    rows = blocks[0][1]
+    smallest = max(MIN_BLOCK_ROWS, -(-length // MAX_BLOCKS))
+    assert rows <= smallest or 4 * 5 * 8 * rows * problem.widest_range(rows) <= block_budget(problem, device)
+
+
+@pytest.mark.parametrize("heads", [1, 32])
+@pytest.mark.parametrize("device", [CPU, CUDA, GENERATIONS[0]], ids=lambda device: device.name)
+def test_blocks_grow_at_most_as_the_length_does_once_they_fill_their_budget(device, heads):
+    def block_bytes(length: int) -> int:
+        problem = replace(BASE, heads=heads, kv_heads=heads, query_length=length, key_length=length, segments=True)
+        return 4 * 5 * heads * row_blocks(problem, device, 5)[0][1] * length
+
+    for length in (2048, 4096, 8192, 16384):
+        assert block_bytes(2 * length) <= max(2 * block_bytes(length), device.block_bytes)
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA, GENERATIONS[0]], ids=lambda device: device.name)
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 100), (5, 4096), (1, 16384)])
+def test_groups_cover_every_row_and_head_once(batch, length, device):
+    problem = replace(BASE, batch=batch, heads=24, kv_heads=6, query_length=length, key_length=length, causal=True)
+    groups = head_groups(problem, device, 5)
+    covered = [(b, h) for group in groups for b in range(*group.batch) for h in range(*group.heads)]
+    assert covered == [(b, h) for b in range(batch) for h in range(6)]
+    assert all(group.rows[0][0] == 0 and group.rows[-1][1] == length for group in groups)
+    assert all(group.heads == (0, 6) or group.batch[1] - group.batch[0] == 1 for group in groups)
+    assert sum(len(group.rows) for group in groups) <= MAX_BLOCKS
+
+
+def test_heads_are_split_before_rows():
+    problem = replace(BASE, heads=32, kv_heads=32, query_length=8192, key_length=8192)
+    groups = head_groups(problem, CUDA, 5)
+    assert groups[0].rows[0][1] == CUDA.block_rows
+    assert len(groups) == 16
+    assert len(head_groups(replace(problem, query_length=512, key_length=512), CUDA, 5)) == 1
+
+
+def test_the_number_of_blocks_is_linear_in_the_length():
+    def count(length: int) -> int:
+        problem = replace(BASE, heads=32, kv_heads=32, query_length=length, key_length=length)
+        return sum(len(group.rows) for group in head_groups(problem, CUDA, 5))
+
+    assert [count(length) for length in (8192, 16384, 32768)] == [256, 512, 1024]
+
+
+def test_sparse_masks_get_blocks_small_enough_to_skip_keys():
+    problem = replace(BASE, heads=1, kv_heads=1)
+    assert len(row_blocks(problem, CUDA, 1)) == 1
+    assert len(row_blocks(replace(problem, causal=True), CUDA, 1)) == 8
+    assert row_blocks(replace(problem, causal=True, window=2048), CUDA, 1)[0] == (0, CUDA.block_rows)
+    assert len(row_blocks(replace(problem, causal=True, query_offset=None), CUDA, 1)) == 1
+
+
+def test_visible_work_is_counted():
+    assert replace(BASE, causal=True).mean_keys == pytest.approx(2048.5)
+    assert replace(BASE, causal=True, window=100).mean_keys == 100
+    assert replace(BASE, causal=True, prefix=True).mean_keys == 4096
+    assert BASE.flops == 2 * 8 * 4096 * 4096 * 128

@@ -1,0 +1,79 @@
+"""Layers that are computed again for their gradients give the same gradients, everywhere."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxlm.models import load_model
+
+TOKENS = mx.array([[5, 9, 13, 7, 21], [8, 21, 3, 3, 6]])
+LENGTHS = mx.array([5, 3])
+NAMES = ["t5", "umt5", "llama", "gpt2", "roberta-sequence", "modernbert", "qwen3"]
+
+
+def gradients(model, count, training=False):
+    """Loss and gradients by name, with `count` layers computed again."""
+    model.recompute_layers(count)
+    model.train(training)
+    mx.random.seed(11)
+    keywords = {"decoder_tokens": TOKENS[:, :4]} if model.config.has_memory else {}
+
+    def loss(parameters):
+        model.update(parameters)
+        return model(TOKENS, key_lengths=LENGTHS, **keywords).square().mean()
+
+    parameters = model.trainable_parameters()
+    value, slopes = mx.value_and_grad(loss)(parameters)
+    model.update(parameters)
+    return value.item(), {name: np.array(array) for name, array in tree_flatten(slopes)}
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_the_same(name, count, fixture_model):
+    model = load_model(fixture_model(name))
+    value, slopes = gradients(model, 0)
+    again, others = gradients(model, count)
+    assert again == pytest.approx(value, rel=1e-6)
+    for key, slope in slopes.items():
+        assert np.abs(others[key] - slope).max() <= 1e-5 * max(np.abs(slope).max(), 1e-3), key
+    if name == "t5":
+        assert np.abs(slopes["encoder.positions.weight"]).max() > 0
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_dropout_is_the_same_in_both_computations(name, fixture_model):
+    """With dropout the gradient of a recomputed layer fits the value only if the same units were dropped."""
+    model = load_model(fixture_model(name))
+    _, slopes = gradients(model, 5, training=True)
+    parameters = dict(tree_flatten(model.trainable_parameters()))
+    key = "decoder.layers.0.feed_forward.down.weight"
+    draw = mx.random.normal(parameters[key].shape, key=mx.random.key(0))
+    values = []
+    for step in (1e-3, -1e-3):
+        model.update(tree_unflatten([(key, parameters[key] + step * draw)]))
+        values.append(gradients(model, 5, training=True)[0])
+    slope = (np.array(draw) * slopes[key]).sum()
+    assert slope == pytest.approx((values[0] - values[1]) / 2e-3, rel=3e-2)
+
+
+def test_the_random_state_goes_on(fixture_model):
+    model = load_model(fixture_model("gpt2"))
+    gradients(model, 5, training=True)
+    first = mx.random.uniform().item()
+    model.recompute_layers(5)
+    assert mx.random.uniform().item() != first
+    before = gradients(model, 5, training=True)[0]
+    assert gradients(model, 5, training=True)[0] == before
+
+
+def test_parameters_are_arrays_again_afterwards(fixture_model):
+    model = load_model(fixture_model("t5"))
+    before = {name: np.array(array) for name, array in tree_flatten(model.parameters())}
+    gradients(model, 5)
+    after = dict(tree_flatten(model.parameters()))
+    assert sorted(before) == sorted(after)
+    assert all(np.array_equal(before[name], np.array(after[name])) for name in before)

@@ -55,7 +55,13 @@ def peak(implementation: str, case: str, length: int) -> int:
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    mx.eval(mx.value_and_grad(loss)(arrays))
+    # MLX allocates for operations ahead of the one that runs, how many depends on the clock. Above its memory limit it
+    # waits for each instead, so that the peak is a property of the computation.
+    limit = mx.set_memory_limit(1)
+    try:
+        mx.eval(mx.value_and_grad(loss)(arrays))
+    finally:
+        mx.set_memory_limit(limit)
     return mx.get_peak_memory() - before
 
 
@@ -68,7 +74,8 @@ def tight(monkeypatch):
 
 @pytest.mark.parametrize("case", CASES)
 def test_twice_the_length_takes_at_most_2_2_times_the_memory(case, tight):
-    short, long = peak("tiled", case, 768), peak("tiled", case, 1536)
+    # Whatever else runs can only add to a peak, so the least of a few is the one that counts.
+    short, long = (min(peak("tiled", case, length) for _ in range(2)) for length in (768, 1536))
     assert long <= 2.2 * short
     assert long < 4 * H * 1536 * 1536, "less than the scores alone"
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 HELD_OUT = 0.03  # share of the modules
 # Tables of numbers, generated parsers, and files that are broken on purpose.
-SKIPPED = ("encodings", "lib2to3", "test/encoded_modules", "test/cjkencodings", "ensurepip", "turtledemo", "site-packages")
+SKIPPED = ("encodings", "lib2to3", "test/encoded_modules", "test/cjkencodings", "ensurepip", "site-packages")
 LONGEST = 400_000  # characters; longer files are generated tables
 
 

@@ -17,19 +17,23 @@ from mlxlm.version import __version__
 
 if TYPE_CHECKING:
     from mlxlm.generation import embed, fill_mask, generate, stream_generate
-    from mlxlm.models import load, save
+    from mlxlm.models import save
+    from mlxlm.peft import load_with_adapter as load
 
 # On Linux the BLAS must be opened before mlx.core is first imported; importing mlxlm is the only sure moment.
 load_blas()
 
 _HOMES = {
-    "load": "mlxlm.models",
+    "load": "mlxlm.peft",
     "save": "mlxlm.models",
     "generate": "mlxlm.generation",
     "stream_generate": "mlxlm.generation",
     "embed": "mlxlm.generation",
     "fill_mask": "mlxlm.generation",
 }
+
+# What goes by another name where it stands.
+_NAMES = {"load": "load_with_adapter"}
 
 __all__ = ["__version__", "embed", "fill_mask", "generate", "load", "save", "stream_generate"]
 
@@ -39,7 +43,7 @@ def __getattr__(name: str) -> Any:
         return import_module(f"mlxlm.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'mlxlm' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_HOMES[name]), _NAMES.get(name, name))
 
 
 def __dir__() -> list[str]:

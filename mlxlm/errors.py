@@ -50,6 +50,10 @@ class DataError(MlxlmError):
     """A data file has a row that can't be used; the text names file and line."""
 
 
+class TrainingError(MlxlmError):
+    """A training run can't go on: its gradients are no numbers, or its folder holds another run."""
+
+
 class AttentionError(MlxlmError):
     """Attention was called with shapes or options that are wrong, or that the forced implementation can't serve."""
 

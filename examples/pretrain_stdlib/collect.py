@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 HELD_OUT = 0.03  # share of the modules
@@ -57,13 +57,26 @@ def main() -> None:
     """Write both files, each under a temporary name first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for train.jsonl and valid.jsonl")
-    output = parser.parse_args().output
+    parser.add_argument(
+        "--limit", type=int, help="characters of train.jsonl at most, files chosen by hash; default all"
+    )
+    arguments = parser.parse_args()
+    output = arguments.output
     output.mkdir(parents=True, exist_ok=True)
     lines: dict[str, list[str]] = {"train": [], "valid": []}
     characters = dict.fromkeys(lines, 0)
-    for name, text in documents(Path(sysconfig.get_paths()["stdlib"])):
+    found: Iterable[tuple[str, str]] = documents(Path(sysconfig.get_paths()["stdlib"]))
+    if arguments.limit is not None:
+        # Another order than the alphabet's, so that a small corpus has a bit of everything.
+        found = sorted(found, key=lambda one: hashlib.sha256(one[0].encode()).digest())
+    for name, text in found:
         held_out = not name.startswith("reference/") and is_held_out(module_of(Path(name)))
         split = "valid" if held_out else "train"
+        # The validation files get a fifth of the room.
+        if arguments.limit is not None and characters[split] + len(text) > arguments.limit // (
+            1 if split == "train" else 5
+        ):
+            continue
         lines[split].append(json.dumps({"text": text, "path": name}, ensure_ascii=False))
         characters[split] += len(text)
     for split, rows in lines.items():

@@ -159,6 +159,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _checked_metadata(metadata: Any) -> dict[str, str]:
+    if metadata is None:  # what mx.save_safetensors writes when it is given none
+        return {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("__metadata__ isn't an object of strings")
     return metadata

@@ -24,6 +24,7 @@ def chat(
     seed: opt.Seed = None,
     stop: opt.Stop = None,
     extra_eos_token: opt.StopToken = None,
+    adapter_path: opt.AdapterPath = None,
     dtype: opt.Dtype = None,
     revision: opt.Revision = None,
 ) -> None:
@@ -40,7 +41,7 @@ def chat(
         seed=seed,
     )
     start = time.perf_counter()
-    network, tokenizer = opt.load(model, dtype, revision)
+    network, tokenizer = opt.load(model, dtype, revision, adapter_path)
     if tokenizer.chat_template is None:
         raise UnsupportedModelError("this model has no chat template, so it can't chat; mlxlm generate continues text")
     conversation = Conversation(network, tokenizer, system_prompt)

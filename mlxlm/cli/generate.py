@@ -47,6 +47,7 @@ def generate(
     early_stopping: Annotated[
         str | None, typer.Option("--early-stopping", help="Of a beam search: true, false or never; default false.")
     ] = None,
+    adapter_path: opt.AdapterPath = None,
     dtype: opt.Dtype = None,
     revision: opt.Revision = None,
 ) -> None:
@@ -74,7 +75,7 @@ def generate(
     if not text:
         raise PromptError("the prompt is empty; give one with --prompt")
     start = time.perf_counter()
-    network, tokenizer = opt.load(model, dtype, revision)
+    network, tokenizer = opt.load(model, dtype, revision, adapter_path)
     loaded = time.perf_counter() - start
     tokens: str | list[int] = text
     if tokenizer.chat_template is not None and not ignore_chat_template:

@@ -13,7 +13,11 @@ from mlxlm.cli.doctor import doctor
 from mlxlm.cli.embed import embed
 from mlxlm.cli.families import families
 from mlxlm.cli.fill_mask import fill_mask
+from mlxlm.cli.fuse import fuse
 from mlxlm.cli.generate import generate
+from mlxlm.cli.plan import plan
+from mlxlm.cli.plot import plot
+from mlxlm.cli.tokenizer import tokenizer
 from mlxlm.errors import MlxlmError
 from mlxlm.version import __version__
 
@@ -25,8 +29,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (generate, chat, embed, fill_mask, families, doctor):
+for verb in (generate, chat, embed, fill_mask, plot, families, fuse, doctor, plan):
     app.command(verb.__name__.replace("_", "-"), no_args_is_help=verb in (fill_mask,))(verb)
+app.add_typer(tokenizer)
 
 
 def _version(wanted: bool) -> None:
@@ -64,3 +69,10 @@ def run() -> None:
         # The reader of our output has gone, as `| head` does; nothing more can be said on stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        # A full disk, a folder without permission: what the operating system refuses is no bug of ours.
+        if debug:
+            traceback.print_exc()
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        sys.exit(2)

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 Model = Annotated[
     str, typer.Option("--model", metavar="PATH_OR_ID", help="A checkpoint directory, a .gguf file or a hub id.")
 ]
+AdapterPath = Annotated[
+    str | None,
+    typer.Option("--adapter-path", metavar="FOLDER", help="An adapter to use with the model (PEFT, mlx-lm, mlxlm)."),
+]
 Dtype = Annotated[
     str | None,
     typer.Option("--dtype", help="float32, float16 or bfloat16; default the checkpoint's, float32 on the CPU."),
@@ -52,14 +56,21 @@ def loading(name: str) -> Iterator[None]:
         yield
 
 
-def load(model: str, dtype: str | None, revision: str | None) -> tuple[Transformer, Tokenizer]:
-    """Model and tokenizer, with a sign of life."""
+def load(
+    model: str, dtype: str | None, revision: str | None, adapter: str | None = None, quantized: bool | None = None
+) -> tuple[Transformer, Tokenizer]:
+    """Model and tokenizer, with a sign of life.  adapter: a folder to load on top.  quantized: as for `mlxlm.load`."""
     from mlxlm.models import find
-    from mlxlm.models import load as load_checkpoint
 
     path = find(model, revision=revision)  # shows progress bars of its own
     with loading(model):
-        return load_checkpoint(path, dtype=dtype)
+        if adapter is None:
+            from mlxlm.models import load as load_checkpoint
+
+            return load_checkpoint(path, dtype=dtype, quantized=quantized)
+        from mlxlm.peft import load_with_adapter
+
+        return load_with_adapter(path, adapter=adapter, dtype=dtype, quantized=quantized)
 
 
 def parse_logit_bias(text: str | None) -> dict[int, float]:

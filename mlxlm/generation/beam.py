@@ -16,6 +16,7 @@ import numpy as np
 
 from mlxlm.errors import SamplingError, UsageError
 from mlxlm.generation.decoding import Prompt, prompt_tokens
+from mlxlm.generation.sampling import broken_logits
 from mlxlm.generation.steps import check_generates, check_ids, make_steps, room
 
 if TYPE_CHECKING:
@@ -162,6 +163,8 @@ def _best(
     width = min(width, flat.shape[1])
     places = mx.argpartition(-flat, width - 1, axis=-1)[:, :width]
     best = np.array(mx.take_along_axis(flat, places, axis=-1)), np.array(places)
+    if np.isnan(best[0]).any():
+        raise broken_logits()
     result = []
     for values, at in zip(*best, strict=True):
         order = np.argsort(-values, kind="stable")

@@ -8,9 +8,10 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlxlm.errors import PromptError, UsageError, nearest
-from mlxlm.generation.sampling import Sampler, Sampling
+from mlxlm.generation.sampling import Sampler, Sampling, chosen
 from mlxlm.generation.steps import check_generates, check_ids, make_steps, room
 from mlxlm.generation.stopping import StopStrings
 from mlxlm.layers import Cache
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from mlxlm.tokenizers import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+_PROMPTS = "but a prompt is text, a list of token ids, or a list of chat messages"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,19 +58,37 @@ class Piece:
 def prompt_tokens(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """Token ids of a prompt: text, ids, or chat messages (dicts with "role" and "content").
 
-    Raises PromptError when there is nothing in it.
+    Raises PromptError when there is nothing in it, UsageError when it is none of these.
     """
     if isinstance(prompt, str):
         if not prompt:
             raise PromptError("the prompt is empty")
         tokens = tokenizer.encode(prompt)
-    elif prompt and isinstance(prompt[0], Mapping):
-        tokens = tokenizer.encode_chat(list(prompt))
     else:
-        tokens = [int(token) for token in prompt]  # type: ignore[call-overload]
+        items = _items(prompt)
+        if items and all(isinstance(item, Mapping) for item in items):
+            tokens = tokenizer.encode_chat(items)
+        else:
+            tokens = [_token_id(item) for item in items]
     if not tokens:
         raise PromptError("the prompt is empty: it has no tokens")
     return tokens
+
+
+def _items(prompt: Any) -> list[Any]:
+    """What stands in a prompt that is no text: a sequence, or a one-dimensional array."""
+    if isinstance(prompt, (mx.array, np.ndarray)) and prompt.ndim == 1:
+        return prompt.tolist()  # type: ignore[return-value]
+    if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
+        raise UsageError(f"the prompt is of type {type(prompt).__name__}, {_PROMPTS}")
+    return list(prompt)
+
+
+def _token_id(item: Any) -> int:
+    """A token id of any integer type. A number with a fraction, or text of digits, is a mistake and no id."""
+    if isinstance(item, bool) or not hasattr(item, "__index__"):
+        raise UsageError(f"the prompt holds {item!r:.40} of type {type(item).__name__}, {_PROMPTS}")
+    return item.__index__()
 
 
 def stream_generate(
@@ -191,7 +211,7 @@ def decode(model: Transformer, tokens: list[int], cache: Cache, sampler: Sampler
         if count < max_tokens:
             following = sampler(steps.step(token))
             mx.async_eval(following)
-        yield int(token.item())
+        yield chosen(int(token.item()))
         if count < max_tokens:
             token = following
 
@@ -256,10 +276,10 @@ def _answers(
     answers: list[list[int]] = [[] for _ in rows]
     logits, active = steps.start(rows), list(range(len(rows)))
     while True:
-        chosen = mx.concatenate([samplers[index](logits[i : i + 1]) for i, index in enumerate(active)])
+        picked = mx.concatenate([samplers[index](logits[i : i + 1]) for i, index in enumerate(active)])
         left = []
-        for i, (index, token) in enumerate(zip(active, chosen.tolist(), strict=True)):
-            if token in stops:
+        for i, (index, token) in enumerate(zip(active, picked.tolist(), strict=True)):
+            if chosen(token) in stops:
                 continue
             answers[index].append(token)
             if len(answers[index]) < limits[index]:
@@ -268,5 +288,5 @@ def _answers(
             return answers
         if len(left) < len(active):
             steps.take(left)
-            chosen, active = chosen[mx.array(left)], [active[i] for i in left]
-        logits = steps.step(chosen)
+            picked, active = picked[mx.array(left)], [active[i] for i in left]
+        logits = steps.step(picked)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from mlxlm.errors import SamplingError
+from mlxlm.errors import SamplingError, WeightsError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +82,12 @@ class Sampler:
             self._seen[mx.array(prompt)] = True
 
     def __call__(self, logits: mx.array) -> mx.array:
-        """The next token, (1,) int, from logits (1, V or more); those of ids beyond the vocabulary don't count."""
+        """The next token, (1,) int, from logits (1, V or more); those of ids beyond the vocabulary don't count.
+
+        -1 when one of them is not a number: `chosen` makes an error of it once the token is read.
+        """
         logits = logits[:, : self.vocab_size]
+        broken = mx.any(mx.isnan(logits), axis=-1)
         plain = self._seen is None and self._bias is None
         if not plain:
             logits = logits.astype(mx.float32)
@@ -98,7 +102,7 @@ class Sampler:
             token = mx.random.categorical(self._filtered(logits), key=now)
         if self._seen is not None:
             self._seen = self._seen | (mx.arange(self._seen.size) == token)
-        return token
+        return mx.where(broken, -1, token.astype(mx.int32))
 
     def _filtered(self, logits: mx.array) -> mx.array:
         logits = logits.astype(mx.float32)
@@ -111,6 +115,21 @@ class Sampler:
         if self.sampling.min_p > 0:
             logits = keep_min_p(logits, self.sampling.min_p)
         return logits
+
+
+def chosen(token: int) -> int:
+    """The token that a `Sampler` chose. Raises WeightsError when the model's logits were not numbers."""
+    if token < 0:
+        raise broken_logits()
+    return token
+
+
+def broken_logits() -> WeightsError:
+    """The error for logits that are not numbers."""
+    return WeightsError(
+        "the model's logits are not numbers (NaN): its weights are damaged, or too large for its dtype; "
+        "try dtype='float32', or download the checkpoint again"
+    )
 
 
 def penalize(logits: mx.array, seen: mx.array, penalty: float) -> mx.array:

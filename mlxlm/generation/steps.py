@@ -42,6 +42,7 @@ def room(model: Transformer, tokens: Sequence[int], max_tokens: int) -> int:
     limit = model.config.max_length
     if limit is None:
         return max_tokens
+    limit -= model.virtual_length
     if model.config.has_memory:
         # The prompt has the encoder for itself, the answer the decoder, with one position for its start.
         if len(tokens) > limit:

@@ -318,3 +318,9 @@ def _check(
         raise UsageError(f"chunk is {chunk}; expected None or a positive number of words")
     if reduction not in _REDUCTIONS:
         raise UsageError(f"unknown reduction {reduction!r}{nearest(reduction, _REDUCTIONS)}")
+
+
+def default_chunk(tokens: int, vocabulary: int) -> int:
+    """Words of a chunk that `fused_linear_cross_entropy` takes for N tokens by itself, for memory plans."""
+    start, stop = _chunks(tokens, vocabulary, None)[0]
+    return stop - start

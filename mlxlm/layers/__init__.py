@@ -47,6 +47,7 @@ from mlxlm.layers.rotary_scaling import (
     YarnScalingSpec,
 )
 from mlxlm.layers.spec import Spec, differences
+from mlxlm.layers.virtual import Prefix, VirtualTokens, shifted
 
 __all__ = [
     "ACTIVATION_NAMES",
@@ -84,6 +85,7 @@ __all__ = [
     "OffsetRMSNorm",
     "ParallelBlock",
     "ParallelBlockSpec",
+    "Prefix",
     "ProportionalScalingSpec",
     "RMSNormSpec",
     "RelativeBuckets",
@@ -99,6 +101,7 @@ __all__ = [
     "SinusoidalPositionsSpec",
     "Spec",
     "TokenPositions",
+    "VirtualTokens",
     "WavelengthScalingSpec",
     "YarnScalingSpec",
     "activation",
@@ -106,4 +109,5 @@ __all__ = [
     "deepnorm_scales",
     "differences",
     "relative_buckets",
+    "shifted",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 from mlx import nn
 
-from mlxlm.errors import ConfigError
+from mlxlm.errors import ConfigError, UsageError
 from mlxlm.kernels import AttentionMask, attention
 from mlxlm.layers.alibi import AlibiSpec
 from mlxlm.layers.cache import KeyValueCache
@@ -17,6 +17,7 @@ from mlxlm.layers.positions import AttentionPositions, NoPositionsSpec, RotarySp
 from mlxlm.layers.relative_positions import RelativeBucketsSpec
 from mlxlm.layers.rotary_2d import Rotary2dSpec
 from mlxlm.layers.spec import Spec
+from mlxlm.layers.virtual import Prefix, attend_in_segments, before, shifted
 
 
 @dataclass
@@ -26,20 +27,24 @@ class Scope:
     positions: of the tokens of this pass.  mask: padding, segments and prefixes; each layer adds its own direction
     and window.  memory_mask: the same for an encoder's output, seen by cross-attention.
     shared: a position encoding that all self-attention layers of a stack have in common.
+    prefix: keys and values that stand before those of the tokens, in the layer that comes next.
+    virtual: how many of the tokens at the start of each row are virtual ones, which all documents of a row see.
     """
 
     positions: TokenPositions
     mask: AttentionMask = field(default_factory=AttentionMask)
     memory_mask: AttentionMask = field(default_factory=AttentionMask)
     shared: AttentionPositions | None = None
-    _masks: dict[tuple[bool, int | None], AttentionMask] = field(default_factory=dict)
+    prefix: Prefix | None = None
+    virtual: int = 0
+    _masks: dict[tuple[bool, int | None, int], AttentionMask] = field(default_factory=dict)
     _terms: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
 
-    def mask_for(self, causal: bool, window: int | None) -> AttentionMask:
-        """The mask of a layer; made once a pass, since most layers share it."""
-        key = (causal, window)
+    def mask_for(self, causal: bool, window: int | None, before: int = 0) -> AttentionMask:
+        """The mask of a layer; made once a pass, since most layers share it.  before: keys ahead of the tokens'."""
+        key = (causal, window, before)
         if key not in self._masks:
-            self._masks[key] = replace(self.mask, causal=causal, window=window)
+            self._masks[key] = replace(shifted(self.mask, before), causal=causal, window=window)
         return self._masks[key]
 
     def shared_terms(self, query_length: int, key_length: int) -> dict[str, Any]:
@@ -114,14 +119,22 @@ class Attention(nn.Module):
         if memory is None:
             key, value = self._keys_and_values(x)
             query, key = self.positions.rotate(query, key, scope.positions)
-            if cache is not None:
+            count = 0
+            if scope.prefix is not None and scope.prefix.key is not None:
+                key, value, count = self._after_prefix(key, value, scope.prefix, cache)
+            elif cache is not None:
                 key, value = cache.update(key, value)
-            mask = scope.mask_for(self.spec.causal, self.spec.window)
+            if scope.mask.query_segments is not None and (count or scope.virtual):
+                return self._project(self._in_segments(query, key, value, count, scope))
+            mask = scope.mask_for(self.spec.causal, self.spec.window, count)
             lengths = query.shape[2], key.shape[2]
             terms = scope.shared_terms(*lengths) | self.positions.score_terms(*lengths, scope.positions.offset)
         else:
             key, value = self._projected_memory(memory, cache)
             mask, terms = scope.memory_mask, {}
+            if scope.prefix is not None and scope.prefix.memory_key is not None:
+                key, value = before(scope.prefix.memory_key, key), before(scope.prefix.memory_value, value)
+                mask = shifted(mask, scope.prefix.memory_key.shape[2])
         dropping = self.training and self.spec.dropout > 0
         out = attention(
             query,
@@ -135,8 +148,45 @@ class Attention(nn.Module):
             dropout_key=mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32) if dropping else None,
             **terms,
         )
+        return self._project(out)
+
+    def _project(self, out: mx.array) -> mx.array:
         batch, _, length, _ = out.shape
         return self.output(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+
+    def _after_prefix(
+        self, key: mx.array, value: mx.array, prefix: Prefix, cache: KeyValueCache | None
+    ) -> tuple[mx.array, mx.array, int]:
+        """All keys and values that the tokens may see, and how many of them the prefix gave."""
+        if cache is None:
+            return before(prefix.key, key), before(prefix.value, value), prefix.key.shape[2]
+        empty = key[:, :, :0], value[:, :, :0]
+        cache.begin(before(prefix.key, empty[0]), before(prefix.value, empty[1]))
+        return *cache.update(key, value), cache.virtual
+
+    def _in_segments(self, query: mx.array, key: mx.array, value: mx.array, count: int, scope: Scope) -> mx.array:
+        """Packed rows with keys that belong to every document: the `count` of a prefix, or those of virtual tokens."""
+        if scope.shared is not None or isinstance(self.spec.positions, (AlibiSpec, RelativeBucketsSpec)):
+            raise UsageError(
+                "virtual tokens before packed documents need positions that are counted in each document; the scores "
+                "of this model depend on places in the row: give one document a row"
+            )
+        if self.training and self.spec.dropout > 0:
+            raise UsageError("packed documents with virtual tokens go with no attention dropout; give one a row")
+        options = {"scale": self.scale, "softcap": self.spec.softcap}
+        own = AttentionMask(causal=self.spec.causal, window=self.spec.window)
+        if count:
+            mask = scope.mask_for(self.spec.causal, self.spec.window)
+            places = scope.positions.array()
+            return attend_in_segments(query, key, value, count=count, positions=places, mask=mask, **options)
+        v = scope.virtual
+        if not self.spec.causal:
+            raise UsageError("virtual tokens of an encoder would mix packed documents; give one document a row")
+        first = attention(query[:, :, :v], key[:, :, :v], value[:, :, :v], mask=own, **options)
+        places = scope.positions.array()[:, v:]
+        mask = scope.mask_for(self.spec.causal, self.spec.window)
+        rest = attend_in_segments(query[:, :, v:], key, value, count=v, positions=places, mask=mask, **options)
+        return mx.concatenate([first, rest], axis=2)
 
     def _heads(self, x: mx.array) -> mx.array:
         if self.spec.clip is not None:

@@ -47,12 +47,18 @@ class Residual(nn.Module):
         self.norm_after = spec.norm_after.build()
         self.dropout = nn.Dropout(spec.dropout)
 
+        # What is added to the sum, a function of it as the norm after it makes it; none unless someone sets one.
+        self.after: nn.Module | None = None
+
     def __call__(self, x: mx.array, function: Callable[[mx.array], mx.array]) -> mx.array:
         normed = self.norm_in(x)
         kept = normed if self.spec.from_normed else x
         if self.spec.alpha != 1.0:
             kept = self.spec.alpha * kept
-        return self.norm_after(kept + self.dropout(self.norm_out(function(normed))))
+        total = kept + self.dropout(self.norm_out(function(normed)))
+        if self.after is not None:
+            total = total + self.after(self.norm_after(total))
+        return self.norm_after(total)
 
 
 def deepnorm_scales(encoder_layers: int, decoder_layers: int) -> dict[str, tuple[float, float]]:
@@ -144,10 +150,13 @@ class ParallelBlock(nn.Module):
         if spec.feed_forward_norm is not None:
             self.feed_forward_norm = spec.feed_forward_norm.build()
         self.dropout = nn.Dropout(spec.dropout)
+        # What is added to the output, a function of it; none unless someone sets one.
+        self.after: nn.Module | None = None
 
     def __call__(
         self, x: mx.array, scope: Scope, cache: KeyValueCache | None = None, memory: mx.array | None = None
     ) -> mx.array:
         normed = self.norm(x)
         other = normed if self.spec.feed_forward_norm is None else self.feed_forward_norm(x)
-        return x + self.dropout(self.attention(normed, scope, cache)) + self.dropout(self.feed_forward(other))
+        total = x + self.dropout(self.attention(normed, scope, cache)) + self.dropout(self.feed_forward(other))
+        return total if self.after is None else total + self.after(total)

@@ -21,6 +21,8 @@ class KeyValueCache:
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
         self.length = 0
+        # How many of the first keys stand before all tokens: virtual ones, which no trimming forgets.
+        self.virtual = 0
         # Keys and values of an encoder's output, projected once by a cross-attention layer.
         self.memory: tuple[mx.array, mx.array] | None = None
 
@@ -45,9 +47,15 @@ class KeyValueCache:
         filled = held[:, :, : self.length]
         return mx.concatenate([filled, mx.zeros((batch, heads, capacity - self.length, dim), dtype=new.dtype)], axis=2)
 
+    def begin(self, key: mx.array, value: mx.array) -> None:
+        """Put keys and values (B, Hkv, v, D) before all tokens, unless they are there. They don't count as tokens."""
+        if not self.length:
+            self.update(key, value)
+            self.virtual = self.length
+
     def trim(self, length: int) -> None:
-        """Forget all tokens from position `length` on."""
-        self.length = min(self.length, length)
+        """Forget all tokens from position `length` on; virtual ones stay."""
+        self.length = min(self.length, self.virtual + length)
 
     def take(self, rows: mx.array, *, memory: bool = True) -> None:
         """Row i becomes what row rows[i] was, as beam search needs it; there may be more rows than before.
@@ -82,8 +90,13 @@ class Cache:
 
     @property
     def length(self) -> int:
-        """Tokens held; the next token stands at this position."""
-        return self.layers[0].length
+        """Tokens held, virtual ones not counted; the next token stands at this position, or as many later."""
+        return self.layers[0].length - self.layers[0].virtual
+
+    def begin(self, virtual: int) -> None:
+        """Count the first `virtual` positions of every layer, which are being filled now, as no tokens."""
+        for layer in self.layers:
+            layer.virtual = virtual
 
     @property
     def nbytes(self) -> int:

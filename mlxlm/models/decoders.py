@@ -22,12 +22,14 @@ def assemble(
     norm: NormSpec,
     tied: bool,
     max_length: int | None,
+    spans: bool = False,
     **head: Any,
 ) -> TransformerConfig:
     """A decoder with the head that `architectures` asks for: over the vocabulary, over sequences or tokens, or none.
 
     classes: of transformers, without a head and with one over the vocabulary, which a config that names none has.
-    norm: after the last layer.  tied: what an absent `tie_word_embeddings` means.  head: more arguments of
+    norm: after the last layer.  tied: what an absent `tie_word_embeddings` means.  spans: whether
+    the family has a head over spans.  head: more arguments of
     `LanguageModelHeadSpec`.  Raises UnsupportedModelError for other classes.
     """
     bare, causal = classes
@@ -40,7 +42,7 @@ def assemble(
         decoder=StackSpec(layers=tuple(layers), norm=norm),
         head=language_model
         if causal_or_none
-        else parse_decoder_head(hub, bare.removesuffix("Model"), dim=dim, language_model=language_model),
+        else parse_decoder_head(hub, bare.removesuffix("Model"), dim=dim, language_model=language_model, spans=spans),
         max_length=max_length,
     )
 

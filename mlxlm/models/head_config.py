@@ -83,14 +83,25 @@ def unparse_labels(config: TransformerConfig) -> dict[str, Any]:
 
 
 def parse_decoder_head(
-    hub: HubConfig, name: str, *, dim: int, language_model: LanguageModelHeadSpec, suffix: str = "ForCausalLM"
+    hub: HubConfig,
+    name: str,
+    *,
+    dim: int,
+    language_model: LanguageModelHeadSpec,
+    suffix: str = "ForCausalLM",
+    spans: bool = False,
 ) -> HeadSpec | None:
-    """The head of a decoder: over the vocabulary, over sequences by their last token, over tokens, or none.
+    """The head of a decoder: over the vocabulary, over sequences by their last token, over tokens or spans, or none.
 
-    name: prefix of the transformers classes.  suffix: of the one with a language-model head.
+    name: prefix of the transformers classes.  suffix: of the one with a language-model head.  spans: whether there is
+    one with a head over spans.
     Raises UnsupportedModelError for any other architecture.
     """
-    supported = (f"{name}{suffix}", f"{name}Model", f"{name}ForSequenceClassification", f"{name}ForTokenClassification")
+    supported = (
+        f"{name}{suffix}",
+        f"{name}Model",
+        *(name + task for kind, task in TASKS.items() if spans or kind is not SpanHeadSpec),
+    )
     if hub.architecture in ("", supported[0]):
         return language_model
     if hub.architecture == supported[1]:
@@ -104,6 +115,8 @@ def parse_decoder_head(
 
 def decoder_head_rules(config: TransformerConfig) -> tuple[Rule, ...]:
     """Weight names of what `parse_decoder_head` gives, as most decoders have them."""
+    if isinstance(config.head, SpanHeadSpec):
+        return (rename("qa_outputs.{p}", "head.output.{p}"),)
     if isinstance(config.head, TokenHeadSpec):
         return (rename("score.{p}", "head.output.{p}"),)
     return (

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import mlx.core as mx
 from mlx import nn
 
+from mlxlm.kernels.cross_entropy import QuantizedWeight
 from mlxlm.layers import NoNormSpec, NormSpec, Spec, activation
 
 
@@ -64,6 +65,21 @@ class LanguageModelHeadSpec(Spec):
         return LanguageModelHead(self)
 
 
+class Projection(NamedTuple):
+    """What a language model head does, as the arguments of `fused_linear_cross_entropy`, which needs no logits.
+
+    logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), without the tanh when softcap is None.
+    hidden (..., dim): after the head's transform.  weight (V, dim), or packed.  trainable: whether weight is to learn.
+    """
+
+    hidden: mx.array
+    weight: mx.array | QuantizedWeight
+    bias: mx.array | None
+    scale: float
+    softcap: float | None
+    trainable: bool
+
+
 class LanguageModelHead(nn.Module):
     """See `LanguageModelHeadSpec`. Weights: output unless tied, bias when tied and biased, transform."""
 
@@ -88,6 +104,27 @@ class LanguageModelHead(nn.Module):
         if self.spec.softcap is not None:
             logits = self.spec.softcap * mx.tanh(logits / self.spec.softcap)
         return logits
+
+    def projection(self, hidden: mx.array, embedding: nn.Embedding) -> Projection | None:
+        """The parts of `self(hidden, embedding)`, for a loss that never makes the whole logits.
+
+        None when the layer in the place of the output or the embedding is of a kind of its own, an adapter's say,
+        which no single weight describes.
+        """
+        layer = embedding if self.spec.tied else self.output
+        if type(layer) in (nn.Linear, nn.Embedding):
+            weight: mx.array | QuantizedWeight = layer.weight
+        elif type(layer) in (nn.QuantizedLinear, nn.QuantizedEmbedding):
+            weight = QuantizedWeight(
+                layer.weight, layer.scales, layer.get("biases"), layer.group_size, layer.bits, layer.mode
+            )
+        else:
+            return None
+        if self.spec.transform is not None:
+            hidden = self.transform(hidden)
+        bias = self.get("bias") if self.spec.tied else layer.get("bias")
+        trainable = "weight" in layer.trainable_parameters() and isinstance(weight, mx.array)
+        return Projection(hidden, weight, bias, self.spec.scale, self.spec.softcap, trainable)
 
 
 @dataclass(frozen=True, kw_only=True)

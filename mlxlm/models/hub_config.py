@@ -45,6 +45,9 @@ _WITHOUT_EFFECT_AT: dict[str, tuple[Any, ...]] = {
     "use_mrope": (False,),
 }
 
+_LAYER_COUNTS = frozenset({"num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"})
+_MAX_LAYERS = 1000
+
 _ACTIVATIONS = {
     "relu": "relu",
     "gelu": "gelu",
@@ -108,7 +111,7 @@ class HubConfig:
         self._known.update(names)
         for name in names:
             if self.values.get(name) is not None:
-                return self.values[name]
+                return _plausible(name, self.values[name])
         if default is _REQUIRED:
             raise ConfigError(f"config.json of a {self.model_type or 'model'} lacks {names[0]!r}")
         return default
@@ -159,6 +162,13 @@ class HubConfig:
                 f"config.json of a {self.model_type} has keys that mlxlm does not know "
                 f"and that may change the maths: {hints}"
             )
+
+
+def _plausible(name: str, value: Any) -> Any:
+    """Refuses a number of layers that no model has: a damaged config would otherwise fill the memory with specs."""
+    if name in _LAYER_COUNTS and isinstance(value, int) and not 0 < value <= _MAX_LAYERS:
+        raise ConfigError(f"config.json: {name} = {value}, expected 1 to {_MAX_LAYERS} layers")
+    return value
 
 
 def _hint(name: str, known: Iterable[str]) -> str:

@@ -51,9 +51,9 @@ def save(
 
     Float weights get transformers' names and orientation, quantized ones mlx-lm's, so that each loads there.
     Saved over the directory that it was loaded from, a model keeps the tokenizer files there.
-    family: the `model_type` to write, for a model that was not loaded from a checkpoint.  max_shard_bytes: of one
-    safetensors file, default 5 GB.  Raises UsageError when the family is not known
-    or can't describe the model.
+    family: the `model_type` to write, for a model that was not loaded from a checkpoint; its config.json then names the
+    tokenizer's special tokens.  max_shard_bytes: of one safetensors file, default 5 GB.
+    Raises UsageError when the family is not known or can't describe the model, or when the directory can't be made.
     """
     directory = Path(directory)
     source: Source | None = getattr(model, "source", None)
@@ -70,7 +70,14 @@ def save(
     if modules:
         values["quantization"] = values["quantization_config"] = _quantization_config(rules, modules)
     values["dtype" if "dtype" in values else "torch_dtype"] = _dtype_name(parameters)
-    directory.mkdir(parents=True, exist_ok=True)
+    if source is None and tokenizer is not None:
+        values |= {name: id for name, id in _token_ids(tokenizer).items() if values.get(name) is None}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UsageError(f"{directory}: a model is saved in a directory, but a file is in its place") from None
+    except OSError as error:
+        raise UsageError(f"can't make the directory {directory}: {error.strerror or error}") from error
     onto_itself = source is not None and source.path.resolve() == directory.resolve()
     if tokenizer is not None and not onto_itself:
         tokenizer.save(directory)  # first: it may refuse, and then nothing has been replaced
@@ -97,6 +104,12 @@ def _config_values(model: Transformer, family: Family, source: Source | None, we
         unlike = ", ".join(differences(model.config, described))
         raise UsageError(f"a config.json of {family.name} can't describe this model: {unlike}")
     return values
+
+
+def _token_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The special tokens that a config.json names, as far as the tokenizer has them."""
+    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in ("bos", "eos", "pad")}
+    return {name: id for name, id in ids.items() if id is not None}
 
 
 def _quantized(model: Transformer) -> dict[str, Quantization]:

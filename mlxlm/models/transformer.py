@@ -10,8 +10,10 @@ from mlx import nn
 
 from mlxlm.errors import PromptError, UnsupportedModelError, UsageError
 from mlxlm.kernels import AttentionMask
-from mlxlm.layers import Cache, Scope, TokenPositions
+from mlxlm.layers import Cache, Prefix, Scope, TokenPositions, VirtualTokens, shifted
+from mlxlm.layers.virtual import StackName
 from mlxlm.models.config import StackSpec, TransformerConfig
+from mlxlm.models.heads import SequenceHeadSpec
 
 
 class Stack(nn.Module):
@@ -29,13 +31,23 @@ class Stack(nn.Module):
         self._recomputed = 0
 
     def __call__(
-        self, x: mx.array, scope: Scope, cache: Cache | None = None, memory: mx.array | None = None
+        self,
+        x: mx.array,
+        scope: Scope,
+        cache: Cache | None = None,
+        memory: mx.array | None = None,
+        prefixes: list[Prefix] | None = None,
     ) -> mx.array:
-        """x (B, L, dim) -> (B, L, dim).  memory (B, S, dim): an encoder's output, for cross-attention."""
+        """x (B, L, dim) -> (B, L, dim).  memory (B, S, dim): an encoder's output, for cross-attention.
+
+        prefixes: of each layer, keys and values before those of the tokens.
+        """
         if self.spec.positions is not None:
             scope.shared = self.positions
         x = self.dropout(x)
         for index, layer in enumerate(self.layers):
+            if prefixes is not None:
+                scope = replace(scope, prefix=prefixes[index])
             if index < self._recomputed and cache is None:
                 x = self._recompute(layer, x, scope, memory)
             else:
@@ -48,22 +60,30 @@ class Stack(nn.Module):
         """
         shared = self.positions if self.spec.positions is not None else None
 
+        prefix = None if scope.prefix is None else scope.prefix.arrays()
+
         def run(
-            own: dict[str, Any], common: dict[str, Any], x: mx.array, memory: mx.array | None, key: mx.array
+            own: dict[str, Any],
+            common: dict[str, Any],
+            x: mx.array,
+            memory: mx.array | None,
+            prefix: list[mx.array | None] | None,
+            key: mx.array,
         ) -> mx.array:
             layer.update(own)
             if shared is not None:
                 shared.update(common)
             state = mx.random.state[0]
             before, state[:] = mx.array(state), mx.stop_gradient(key)  # the same dropout in both computations
-            y = layer(x, replace(scope, _terms={}), None, memory)
+            given = None if prefix is None else Prefix(*prefix)
+            y = layer(x, replace(scope, prefix=given, _terms={}), None, memory)
             state[:] = before
             return y
 
         key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
         common = {} if shared is None else shared.trainable_parameters()
         own = layer.trainable_parameters()
-        y = mx.checkpoint(run)(own, common, x, memory, key)
+        y = mx.checkpoint(run)(own, common, x, memory, prefix, key)
         # While its graph is made, the layer holds the arrays of that graph; outside it has its own.
         layer.update(own)
         if shared is not None:
@@ -81,11 +101,15 @@ class Transformer(nn.Module):
     positions (B, L): instead of 0, 1, 2 ...  blocks (B, L): a second coordinate, for models whose positions have two.
     segments (B, L): tokens see only those of equal id (packed documents).
     vectors (B, L, dim): instead of the tokens' embeddings.  cache: from `make_cache`; the tokens continue it.
+
+    `prompt`, a `VirtualTokens` module, may be set: what it holds is read before the tokens of every row. All that is
+    given and returned is about the real tokens, but heads over whole sequences pool over the virtual ones too.
     """
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
+        self.prompt: VirtualTokens | None = None
         self.embeddings = config.embeddings.build()
         if config.encoder is not None:
             self.encoder = Stack(config.encoder)
@@ -101,9 +125,30 @@ class Transformer(nn.Module):
 
         (B, L, V); with a classification head (B, L, labels) for tokens and spans, (B, labels) for sequences.
         """
-        return self.logits(self.hidden(tokens, **keywords), keywords.get("key_lengths"))  # type: ignore[arg-type]
+        lengths, count = keywords.get("key_lengths"), self.virtual_length
+        if not count or not isinstance(self.config.head, SequenceHeadSpec):
+            return self.logits(self.hidden(tokens, **keywords), lengths)  # type: ignore[arg-type]
+        hidden = self._hidden(tokens, **keywords)
+        extra = hidden.shape[1] - tokens.shape[1]
+        return self.logits(hidden, None if lengths is None else lengths + extra)  # type: ignore[operator]
 
-    def hidden(
+    @property
+    def virtual_length(self) -> int:
+        """Positions that virtual tokens take before the first real one, 0 without any."""
+        return 0 if self.prompt is None else self.prompt.length
+
+    def hidden(self, tokens: mx.array, **keywords: Any) -> mx.array:
+        """Last hidden states (B, L, dim) of the tokens, after the final norm; keywords are those of the class.
+
+        With encoder and decoder: `tokens` go to the encoder, `decoder_tokens` to the decoder; `memory` (B, S, dim),
+        from `encode`, saves encoding the same tokens again.  context: tokens of the whole prompt, when these are a
+        chunk of it; positions that depend on the length of the context are then those of the whole.
+        """
+        hidden = self._hidden(tokens, **keywords)
+        told = keywords.get("decoder_tokens") if self.config.has_memory else tokens
+        return hidden[:, hidden.shape[1] - told.shape[1] :]
+
+    def _hidden(
         self,
         tokens: mx.array,
         *,
@@ -119,12 +164,7 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         context: int = 0,
     ) -> mx.array:
-        """Last hidden states (B, L, dim), after the final norm.
-
-        With encoder and decoder: `tokens` go to the encoder, `decoder_tokens` to the decoder; `memory` (B, S, dim),
-        from `encode`, saves encoding the same tokens again.  context: tokens of the whole prompt, when these are a
-        chunk of it; positions that depend on the length of the context are then those of the whole.
-        """
+        """See `hidden`; those of virtual tokens come first."""
         self._check(tokens, segments, cache)
         if blocks is not None and not self.config.fills_blanks:
             raise UsageError("blocks are for models whose positions have two coordinates; those of this one have one")
@@ -144,9 +184,10 @@ class Transformer(nn.Module):
         mask = AttentionMask(
             key_lengths=key_lengths, prefix_lengths=prefix_lengths, query_segments=segments, key_segments=segments
         )
-        scope = Scope(self._positions(tokens, positions, cache, blocks, context), mask)
-        x = self.embeddings(tokens, scope.positions, token_types, vectors)
-        return self.decoder(x, scope, cache) if self.config.encoder is None else self.encoder(x, scope)
+        stack: StackName = "encoder" if self.config.decoder is None else "decoder"
+        own = (positions, blocks, context)
+        x, scope = self._embed(stack, tokens, mask, cache, own, token_types=token_types, vectors=vectors)
+        return getattr(self, stack)(x, scope, cache, prefixes=self._prefixes(stack))
 
     def encode(
         self,
@@ -157,7 +198,7 @@ class Transformer(nn.Module):
         segments: mx.array | None = None,
         vectors: mx.array | None = None,
     ) -> mx.array:
-        """The encoder's output (B, S, dim): the memory of an encoder-decoder model.
+        """The encoder's output (B, S, dim): the memory of an encoder-decoder model, virtual tokens included.
 
         Raises UnsupportedModelError for a model without an encoder.
         """
@@ -165,8 +206,8 @@ class Transformer(nn.Module):
             raise UnsupportedModelError("this model has no encoder; model.hidden() gives its hidden states")
         self._check(tokens, segments, None)
         mask = AttentionMask(key_lengths=key_lengths, query_segments=segments, key_segments=segments)
-        scope = Scope(self._positions(tokens, None, None), mask)
-        return self.encoder(self.embeddings(tokens, scope.positions, token_types, vectors), scope)
+        x, scope = self._embed("encoder", tokens, mask, None, token_types=token_types, vectors=vectors)
+        return self.encoder(x, scope, prefixes=self._prefixes("encoder"))
 
     def decode(
         self,
@@ -185,9 +226,58 @@ class Transformer(nn.Module):
         if not self.config.has_memory:
             raise UnsupportedModelError("this is no encoder-decoder model: its tokens go to model.hidden()")
         self._check(tokens, None, cache)
-        mask = AttentionMask(key_lengths=memory_lengths)
-        scope = Scope(self._positions(tokens, None, cache), memory_mask=mask)
-        return self.decoder(self.embeddings(tokens, scope.positions), scope, cache, memory)
+        given = None if self.prompt is None else self.prompt.vectors("encoder")
+        memory_mask = shifted(AttentionMask(key_lengths=memory_lengths), 0 if given is None else given.shape[0])
+        x, scope = self._embed("decoder", tokens, AttentionMask(), cache)
+        scope.memory_mask = memory_mask
+        return self.decoder(x, scope, cache, memory, self._prefixes("decoder"))
+
+    def _prefixes(self, stack: StackName) -> list[Prefix] | None:
+        return None if self.prompt is None else self.prompt.prefixes(stack)
+
+    def _embed(
+        self,
+        stack: StackName,
+        tokens: mx.array,
+        mask: AttentionMask,
+        cache: Cache | None,
+        own: tuple[mx.array | None, mx.array | None, int] = (None, None, 0),
+        *,
+        token_types: mx.array | None = None,
+        vectors: mx.array | None = None,
+    ) -> tuple[mx.array, Scope]:
+        """What goes into a stack, (B, L, dim), virtual tokens first unless the cache holds them, and its scope.
+
+        own: positions, blocks and context, as `hidden` takes them.  mask: of the real tokens.
+        """
+        if self.prompt is None:
+            scope = Scope(self._positions(tokens, own[0], cache, *own[1:]), mask)
+            return self.embeddings(tokens, scope.positions, token_types, vectors), scope
+        offset, given = self.prompt.offset(stack), self.prompt.vectors(stack)
+        if given is not None and cache is not None and cache[0].length:
+            given = None  # they are between the keys already
+        positions, blocks, context = own
+        if given is None:
+            explicit = None if positions is None else positions + offset
+            places = self._positions(tokens, explicit, cache, blocks, context + offset if context else 0, offset)
+            return self.embeddings(tokens, places, token_types, vectors), Scope(places, mask)
+        count = given.shape[0]
+        batch = tokens.shape[0]
+        if cache is not None:
+            cache.begin(count)
+        if positions is not None:
+            first = mx.broadcast_to(mx.arange(count, dtype=positions.dtype)[None], (positions.shape[0], count))
+            positions = mx.concatenate([first, positions + offset], axis=1)
+        padded = mx.pad(tokens, [(0, 0), (count, 0)])
+        blocks = None if blocks is None else mx.pad(blocks, [(0, 0), (count, 0)])
+        token_types = None if token_types is None else mx.pad(token_types, [(0, 0), (count, 0)])
+        places = self._positions(padded, positions, None, blocks, context + count if context else 0)
+        held = self.embeddings.token(tokens) if vectors is None else vectors
+        first = mx.broadcast_to(given.astype(held.dtype)[None], (batch, *given.shape))
+        x = self.embeddings(padded, places, token_types, mx.concatenate([first, held], axis=1))
+        # Packed documents keep the mask of the real tokens: attention takes the virtual ones apart.
+        mask = mask if mask.query_segments is not None else shifted(mask, count)
+        return x, Scope(places, mask, virtual=count)
 
     def logits(self, hidden: mx.array, key_lengths: mx.array | None = None) -> mx.array:
         """Logits (..., V) of hidden states (..., dim), or what a classification head makes of them, (B, L, dim).
@@ -225,10 +315,11 @@ class Transformer(nn.Module):
         cache: Cache | None,
         blocks: mx.array | None = None,
         context: int = 0,
+        first: int = 0,
     ) -> TokenPositions:
         if explicit is not None and (explicit.ndim != 2 or explicit.shape[1] != tokens.shape[1]):
             raise UsageError(f"positions have shape {explicit.shape}, but tokens {tokens.shape}")
-        offset = 0 if cache is None else cache.length
+        offset = first + (0 if cache is None else cache.length)
         table = self.config.embeddings.positions
         end = offset + tokens.shape[1]
         limit = None if table is None else table.limit
@@ -241,6 +332,7 @@ class Transformer(nn.Module):
 
         Not so for positions that are stretched by the length of the context, once that passes the original one.
         """
+        held, length = held + self.virtual_length, length + self.virtual_length
         scalings = (getattr(layer.attention.positions, "scaling", None) for layer in self.config.stack.layers)
         return all(scaling is None or scaling.agrees(held, length) for scaling in set(scalings))
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 import mlxlm
-from mlxlm.errors import PromptError, SamplingError, UnsupportedModelError, UsageError
+from mlxlm.errors import PromptError, SamplingError, UnsupportedModelError, UsageError, WeightsError
 from mlxlm.generation import Sampling, steps
 from mlxlm.layers import KeyValueCache
 
@@ -157,3 +158,31 @@ def test_a_cache_that_holds_the_whole_prompt_is_refused(tiny):
 def test_an_encoder_does_not_generate(tiny_bert):
     with pytest.raises(UnsupportedModelError, match="encoder-only"):
         mlxlm.stream_generate(*tiny_bert, "the")
+
+
+@pytest.mark.parametrize("prompt", [7, None, [1, "2"], [1.5], [True], b"text", [[1, 2]]], ids=repr)
+def test_a_prompt_of_another_type_is_refused(prompt, tiny):
+    with pytest.raises(UsageError, match="a prompt is text, a list of token ids, or a list of chat messages"):
+        mlxlm.generate(*tiny, prompt)
+
+
+def test_ids_may_come_in_an_array(tiny):
+    wanted = mlxlm.generate(*tiny, [5, 6, 7], max_tokens=3)
+    assert mlxlm.generate(*tiny, np.array([5, 6, 7]), max_tokens=3) == wanted
+    assert mlxlm.generate(*tiny, mx.array([5, 6, 7]), max_tokens=3) == wanted
+
+
+@pytest.mark.parametrize("token", [-1, 67, 2**40])
+def test_ids_beyond_the_table_are_refused(token, tiny):
+    with pytest.raises(PromptError, match=f"token id {token}, but the model's ids run from 0 to 66"):
+        mlxlm.generate(*tiny, [5, token])
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"repetition_penalty": 1.3}], ids=repr)
+def test_logits_that_are_no_numbers_stop_the_answer(options, tiny):
+    model, tokenizer = tiny
+    model.decoder.norm.weight = model.decoder.norm.weight * float("nan")
+    with pytest.raises(WeightsError, match="not numbers"):
+        mlxlm.generate(model, tokenizer, "abc", **options)
+    with pytest.raises(WeightsError, match="not numbers"):
+        mlxlm.generation.beam_search(model, tokenizer, ["abc"], max_tokens=3)

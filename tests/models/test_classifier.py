@@ -72,7 +72,18 @@ def test_mistakes_are_refused(fixture_model):
         with_classification_head(model, "sequence")
     with pytest.raises(UsageError, match="not loaded from a checkpoint"):
         with_classification_head(Transformer(model.config), "sequence", LABELS)
-    with pytest.raises(UnsupportedModelError, match="LlamaForQuestionAnswering"):
-        with_classification_head(model, "span")
+    with pytest.raises(UnsupportedModelError, match="Phi3ForQuestionAnswering"):
+        with_classification_head(load_model(fixture_model("phi3")), "span")
     with pytest.raises(UnsupportedModelError, match="T5ForSequenceClassification"):
         with_classification_head(load_model(fixture_model("t5")), "sequence", LABELS)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "bloom"])
+def test_a_decoder_takes_a_head_over_spans(name, fixture_model, tmp_path):
+    model = load_model(fixture_model(name))
+    tokens = mx.array([[5, 6, 7]])
+    spans = with_classification_head(model, "span")
+    assert spans(tokens).shape == (1, 3, 2)
+    assert mx.array_equal(spans.hidden(tokens), model.hidden(tokens))
+    save(spans, None, tmp_path / "spans")
+    assert mx.array_equal(load_model(tmp_path / "spans")(tokens), spans(tokens))

@@ -108,10 +108,11 @@ def test_labels_with_gaps_are_refused(fixture_model):
         ("bert", "BertForMultipleChoice"),
         ("roberta", "RobertaForCausalLM"),
         ("modernbert", "ModernBertForMultipleChoice"),
-        ("llama", "LlamaForQuestionAnswering"),
+        ("llama", "LlamaForDancing"),
         ("gpt2", "GPT2DoubleHeadsModel"),
         ("t5", "T5ForSequenceClassification"),
         ("umt5", "UMT5ForQuestionAnswering"),
+        ("phi3", "Phi3ForQuestionAnswering"),
     ],
 )
 def test_a_head_that_there_is_not_is_refused_by_name(fixture_model, name, architecture):

@@ -418,3 +418,35 @@ def test_a_tokenizer_that_can_not_be_saved_leaves_the_weights_alone(tiny, tiny_b
 def test_a_value_of_the_wrong_type_is_a_config_error(changes):
     with pytest.raises(ConfigError, match="wrong type or size"):
         family("llama").read_config({**CONFIG, **changes})
+
+
+def test_a_file_without_metadata_loads(fixture_model):
+    directory = fixture_model("llama")
+    tensors = {name: mx.array(array) for name, array in mx.load(str(directory / "model.safetensors")).items()}
+    mx.eval(tensors)
+    mx.save_safetensors(str(directory / "model.safetensors"), tensors)
+    load_model(directory)
+
+
+def test_a_model_is_not_saved_onto_a_file(fixture_model, tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(UsageError, match="a file is in its place"):
+        save(load_model(fixture_model("llama")), None, tmp_path / "notes")
+    assert (tmp_path / "notes").read_text() == "mine"
+
+
+def test_a_model_without_a_source_gets_the_token_ids_of_its_tokenizer(tiny, tmp_path):
+    model, tokenizer = tiny
+    del model.source
+    save(model, tokenizer, tmp_path / "new", family="llama")
+    written = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert [written[f"{role}_token_id"] for role in ("bos", "eos", "pad")] == [1, 2, 0]
+
+
+@pytest.mark.parametrize("count", [-1, 0, 1001, 10**12])
+def test_a_number_of_layers_that_no_model_has_is_refused(count, fixture_model):
+    directory = fixture_model("llama")
+    values = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**values, "num_hidden_layers": count}))
+    with pytest.raises(ConfigError, match=f"num_hidden_layers = {count}, expected 1 to 1000"):
+        load_model(directory)

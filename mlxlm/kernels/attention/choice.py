@@ -77,7 +77,7 @@ def _automatic(query: mx.array, key: mx.array, value: mx.array, mask: AttentionM
     backend = runtime.backend()
     on_metal = backend == "metal"
     record = tuning.record(backend)
-    mlx_serves = _mlx_differentiates(backend, modifiers) and _mlx_refusal(query, modifiers) is None
+    mlx_serves = _mlx_refusal(query, modifiers) is None
     if not on_metal and mlx_serves and not record.choices and query.shape[2] <= DECODE_LENGTH:
         return "mlx"
     problem = describe(query, key, value, mask, **modifiers)
@@ -94,15 +94,6 @@ def _automatic(query: mx.array, key: mx.array, value: mx.array, mask: AttentionM
     ):
         return "mlx"
     return "tiled"
-
-
-def _mlx_differentiates(backend: str, modifiers: dict[str, Any]) -> bool:
-    """Whether mx.fast has every gradient; whether one will be asked for can't be known here (MLX 0.32).
-
-    On GPUs it has none for sinks, on CUDA none for additive masks either, and raises when it is asked.
-    """
-    missing = {"cpu": (), "cuda": ("sinks", "alibi_slopes", "relative_bias", "bias")}.get(backend, ("sinks",))
-    return all(modifiers[name] is None for name in missing)
 
 
 def _mlx_refusal(query: mx.array, modifiers: dict[str, Any]) -> str | None:

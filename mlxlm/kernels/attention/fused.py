@@ -3,13 +3,19 @@
 It knows no soft-cap, no dropout and no log-sum-exp, adds masks in the dtype of the query, and gives the mean of the
 values to a query that sees no key. The last is mended here: such a row is shown all keys, then set to zero, which
 also makes its gradients zero and keeps NaN out on every backend.
+
+On GPUs it has no gradient for sinks, on CUDA none for additive masks either, and raises when asked (MLX 0.32). So with
+those its gradient is that of the tiled path, which computes the forward pass again in linear memory.
 """
 
 from __future__ import annotations
 
 import mlx.core as mx
 
+from mlxlm.kernels.attention import tiled
 from mlxlm.kernels.attention.mask import AttentionMask
+
+Arrays = dict[str, mx.array]
 
 
 def attention(
@@ -29,11 +35,39 @@ def attention(
     return_lse: bool = False,
 ) -> mx.array:
     """Attention by MLX; same arguments as the reference, of which `refusal` says what is not served."""
+    given = {"alibi_slopes": alibi_slopes, "relative_bias": relative_bias, "bias": bias, "sinks": sinks}
+    inputs = {"query": query, "key": key, "value": value} | {
+        n: array for n, array in given.items() if array is not None
+    }
+    if len(inputs) == 3:
+        return _forward(inputs, scale, mask)
+
+    @mx.custom_function
+    def run(inputs: Arrays) -> mx.array:
+        return _forward(inputs, scale, mask)
+
+    @run.vjp
+    def run_vjp(inputs: Arrays, cotangent: mx.array, output: mx.array) -> Arrays:
+        names = list(inputs)
+
+        def again(*arrays: mx.array) -> mx.array:
+            return tiled.attention(**dict(zip(names, arrays, strict=True)), scale=scale, mask=mask)
+
+        _, gradients = mx.vjp(again, list(inputs.values()), [cotangent])
+        return dict(zip(names, gradients, strict=True))
+
+    return run(inputs)
+
+
+def _forward(inputs: Arrays, scale: float, mask: AttentionMask) -> mx.array:
+    """The call of mx.fast, with everything that hides or shifts scores in one array."""
+    query, key, value = inputs["query"], inputs["key"], inputs["value"]
+    bias, sinks = inputs.get("bias"), inputs.get("sinks")
     batch, _, query_length, _ = query.shape
     key_length = key.shape[2]
     if sinks is not None:
         sinks = sinks.astype(query.dtype)
-    additive = _additive_terms(query, key, mask, alibi_slopes, relative_bias, bias)
+    additive = _additive_terms(query, key, mask, inputs.get("alibi_slopes"), inputs.get("relative_bias"), bias)
     if additive is None:
         if mask.is_plain(query_length, key_length):
             return mx.fast.scaled_dot_product_attention(query, key, value, scale=scale, sinks=sinks)
@@ -53,7 +87,10 @@ def attention(
             hidden = mx.max(array, axis=-1, keepdims=True) == -mx.inf
             array = mx.where(hidden, mx.array(0, dtype=array.dtype), array)
             empty = hidden if empty is None else empty | hidden
-    out = mx.fast.scaled_dot_product_attention(query, key, value, scale=scale, mask=array, sinks=sinks)
+    # The mask of a checkpointed layer counts as one of its inputs: CUDA would be asked for its gradient, and raise.
+    out = mx.fast.scaled_dot_product_attention(
+        query, key, value, scale=scale, mask=mx.stop_gradient(array), sinks=sinks
+    )
     return out if empty is None else mx.where(empty, mx.array(0, dtype=query.dtype), out)
 
 

@@ -61,6 +61,7 @@ def parse(hub: HubConfig) -> TransformerConfig:
         layers=(block,) * hub.take("n_layer", "num_hidden_layers", default=2),
         norm=norm,
         tied=True,
+        spans=True,
         max_length=hub.take("seq_length", default=None),
     )
 

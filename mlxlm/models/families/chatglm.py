@@ -1,5 +1,8 @@
 """ChatGLM2, ChatGLM3 and GLM-4 in the layout of their own remote code (GLM Team 2024, arXiv:2406.12793; Du et al. 2021,
 arXiv:2103.10360): RMSNorm, SwiGLU, interleaved rotary positions on half of each head, few key/value heads.
+
+transformers has no class for this layout: fixtures are models of its `glm` re-laid-out. Not verified by one, but as
+remembered from the remote code: that `rope_ratio` multiplies the base 10000 of the rotary positions.
 """
 
 from __future__ import annotations

@@ -73,6 +73,7 @@ def parse(hub: HubConfig) -> TransformerConfig:
         layers=(block,) * hub.take("num_hidden_layers", "n_layer"),
         norm=norm,
         tied=True,
+        spans=True,
         max_length=hub.take("max_position_embeddings", default=2048),
     )
 

@@ -76,7 +76,7 @@ def parse(hub: HubConfig) -> TransformerConfig:
             ),
             norm=norm,
         ),
-        head=parse_decoder_head(hub, "GPT2", dim=dim, language_model=language_model, suffix="LMHeadModel"),
+        head=parse_decoder_head(hub, "GPT2", dim=dim, language_model=language_model, suffix="LMHeadModel", spans=True),
         max_length=positions,
     )
 

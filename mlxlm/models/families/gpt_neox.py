@@ -63,6 +63,7 @@ def parse(hub: HubConfig) -> TransformerConfig:
         layers=(block,) * hub.take("num_hidden_layers"),
         norm=norm,
         tied=False,
+        spans=True,
         max_length=hub.take("max_position_embeddings", default=2048),
     )
 

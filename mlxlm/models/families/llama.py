@@ -19,7 +19,7 @@ from mlxlm.layers import (
 from mlxlm.models.config import StackSpec, TransformerConfig
 from mlxlm.models.family import Family, GgufDialect, GgufTensors, Layout
 from mlxlm.models.head_config import architecture, decoder_head_rules, parse_decoder_head, unparse_labels
-from mlxlm.models.heads import LanguageModelHeadSpec
+from mlxlm.models.heads import LanguageModelHeadSpec, SpanHeadSpec
 from mlxlm.models.hub_config import HubConfig, hub_activation
 from mlxlm.models.rotary_config import parse_rotary, unparse_rotary
 from mlxlm.models.weights import Rule, drop, permute, rename, under
@@ -38,13 +38,15 @@ def parse_decoder(
     windows: tuple[int | None, ...] | None = None,
     eps: float = 1e-6,
     rotary: Mapping[str, Any] | None = None,
+    spans: bool = False,
 ) -> TransformerConfig:
     """A decoder of this shape; the families beside it differ by the arguments.
 
     name: prefix of the transformers classes.  bias, output_bias, mlp_bias: on query/key/value, attention output,
     feed-forward.  head_norm: RMSNorm over each query and key head.  head_dim, num_kv_heads: where the config doesn't
     say, default dim / heads and as many as heads.  windows: of each layer, default none.  eps: of the norms where the
-    config doesn't say.  rotary: more arguments of `parse_rotary`.
+    config doesn't say.  rotary: more arguments of `parse_rotary`.  spans: whether there is a class with a
+    head over spans.
     """
     dim, heads = hub.take("hidden_size"), hub.take("num_attention_heads")
     num_layers = hub.take("num_hidden_layers")
@@ -92,7 +94,7 @@ def parse_decoder(
             ),
             norm=norm,
         ),
-        head=parse_decoder_head(hub, name, dim=dim, language_model=language_model),
+        head=parse_decoder_head(hub, name, dim=dim, language_model=language_model, spans=spans),
         max_length=hub.take("max_position_embeddings", default=None),
     )
 
@@ -122,8 +124,12 @@ def unparse_decoder(config: TransformerConfig, *, model_type: str, name: str) ->
 
 
 def decoder_rules(config: TransformerConfig, layout: Layout = "hub") -> tuple[Rule, ...]:
-    """Weight names of every family of this shape. Layers and embeddings stand under `model.` when there is a head."""
+    """Weight names of every family of this shape. Layers and embeddings stand under `model.` when there is a head,
+    but under `transformer.` with one over spans.
+    """
     prefixes = ("model.", "") if config.head else ("", "model.")
+    if isinstance(config.head, SpanHeadSpec):
+        prefixes = ("transformer.", *prefixes)
     layer = "decoder.layers.{n}."
     names = {
         "self_attn.q_proj.{p}": "attention.query.{p}",
@@ -151,7 +157,7 @@ def parse(hub: HubConfig) -> TransformerConfig:
     """config.json -> configuration."""
     bias = hub.take("attention_bias", default=False)
     mlp_bias = hub.take("mlp_bias", default=False)
-    return parse_decoder(hub, name="Llama", bias=bias, output_bias=bias, mlp_bias=mlp_bias)
+    return parse_decoder(hub, name="Llama", bias=bias, output_bias=bias, mlp_bias=mlp_bias, spans=True)
 
 
 def unparse(config: TransformerConfig) -> dict[str, Any]:

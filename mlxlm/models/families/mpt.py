@@ -1,5 +1,9 @@
 """MPT (MosaicML 2023, "Introducing MPT-7B"): pre-LayerNorm without biases anywhere, linear biases for positions, tied
 head.
+
+Not verified against transformers: `alibi_bias_max` other than 8, and `logit_scale`. Its code reads neither; here they
+mean what the model's own remote code makes of them, as remembered: slopes run down to 2 ** -alibi_bias_max, and logits
+are multiplied by logit_scale.
 """
 
 from __future__ import annotations
@@ -53,6 +57,7 @@ def parse(hub: HubConfig) -> TransformerConfig:
         layers=(block,) * hub.take("n_layers", "num_hidden_layers", default=24),
         norm=norm,
         tied=True,
+        spans=True,
         max_length=hub.take("max_seq_len", default=2048),
         scale=_logit_scale(hub.take("logit_scale", default=None), dim),
     )

@@ -45,7 +45,7 @@ def unparse_windows(config: TransformerConfig) -> dict[str, Any]:
 
 def parse(hub: HubConfig) -> TransformerConfig:
     """config.json -> configuration."""
-    return parse_decoder(hub, name="Qwen2", bias=True, windows=parse_windows(hub))
+    return parse_decoder(hub, name="Qwen2", bias=True, windows=parse_windows(hub), spans=True)
 
 
 def unparse(config: TransformerConfig) -> dict[str, Any]:

@@ -15,7 +15,9 @@ def parse(hub: HubConfig) -> TransformerConfig:
     """config.json -> configuration."""
     bias = hub.take("attention_bias", default=False)
     windows = parse_windows(hub)
-    return parse_decoder(hub, name="Qwen3", bias=bias, output_bias=bias, head_norm=True, head_dim=128, windows=windows)
+    return parse_decoder(
+        hub, name="Qwen3", bias=bias, output_bias=bias, head_norm=True, head_dim=128, windows=windows, spans=True
+    )
 
 
 def unparse(config: TransformerConfig) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from mlxlm.layers import (
 )
 from mlxlm.models.config import StackSpec, TransformerConfig
 from mlxlm.models.family import Family, Layout
-from mlxlm.models.heads import LanguageModelHeadSpec
+from mlxlm.models.head_config import parse_task_head, unparse_labels
+from mlxlm.models.heads import LanguageModelHeadSpec, TokenHeadSpec
 from mlxlm.models.hub_config import HubConfig, hub_activation
 from mlxlm.models.weights import Rule, drop, rename, tied_copy
 
@@ -93,12 +94,14 @@ def parse_seq2seq(
     hub.expect("scalable_attention", True)  # a name for the scale of 1
     # The first two follow from feed_forward_proj; relative positions have no end, so n_positions is none.
     hub.note("dense_act_fn", "is_gated_act", "n_positions", "classifier_dropout")
-    supported = ("", f"{name}ForConditionalGeneration", f"{name}Model", f"{name}EncoderModel")
+    classes = ("ForConditionalGeneration", "Model", "EncoderModel", "ForTokenClassification")
+    supported = ("", *(name + one for one in classes))
     if hub.architecture not in supported:
         raise hub.unsupported_head(*supported[1:])
     tied = hub.take("tie_word_embeddings", default=True)
-    encoder_only = hub.architecture == supported[3]
-    headless = hub.architecture in supported[2:]
+    of_tokens = hub.architecture == supported[4]
+    encoder_only = hub.architecture == supported[3] or of_tokens
+    headless = hub.architecture in supported[2:4]
     return TransformerConfig(
         embeddings=EmbeddingsSpec(vocab_size=vocab_size, dim=dim),
         encoder=StackSpec(
@@ -114,6 +117,8 @@ def parse_seq2seq(
         ),
         head=None
         if headless
+        else parse_task_head(hub, name, dim=dim, pooling="mean", dropout=hub.take("classifier_dropout", default=0.0))
+        if of_tokens
         else LanguageModelHeadSpec(
             dim=dim,
             vocab_size=vocab_size,
@@ -144,6 +149,8 @@ def unparse_seq2seq(config: TransformerConfig, *, model_type: str, name: str) ->
     if feed_forward.gated:
         activation = "gated-gelu" if feed_forward.activation == "gelu_tanh" else f"gated-{activation}"
     architecture = "ForConditionalGeneration" if config.head else "Model" if config.decoder else "EncoderModel"
+    if isinstance(config.head, TokenHeadSpec):
+        architecture = "ForTokenClassification"
     decoder_layers = config.decoder.layers if config.decoder else config.encoder.layers  # type: ignore[union-attr]
     return {
         "architectures": [name + architecture],
@@ -162,6 +169,8 @@ def unparse_seq2seq(config: TransformerConfig, *, model_type: str, name: str) ->
         "layer_norm_epsilon": block.attention_residual.norm_in.eps,
         "feed_forward_proj": activation,
         "decoder_start_token_id": config.decoder_start,
+        **({"classifier_dropout": config.head.dropout} if isinstance(config.head, TokenHeadSpec) else {}),
+        **unparse_labels(config),
     }
 
 
@@ -189,11 +198,20 @@ def seq2seq_rules(config: TransformerConfig, layout: Layout = "hub") -> tuple[Ru
         else:
             parts.append(rename(f"{hub}0.{table}", f"{ours}attention.positions.weight"))
         parts.append(rename(f"{stack}.final_layer_norm.{{p}}", f"{stack}.norm.{{p}}"))
+    shared = ("shared.{p}", "encoder.embed_tokens.{p}", "decoder.embed_tokens.{p}")
+    lead = "transformer." if isinstance(config.head, TokenHeadSpec) else ""
+    if lead:  # an encoder under a name of its own, with a classifier on top
+        parts = [replace(rule, hub=tuple(lead + name for name in rule.hub)) for rule in parts]
+        head = rename("classifier.{p}", "head.output.{p}")
+    elif config.untied:
+        head = rename("lm_head.{p}", "head.output.{p}")
+    else:
+        head = tied_copy("lm_head.{p}", "embeddings.token.{p}")
     return (
         # Copies of the one table, which some checkpoints hold instead of it.
-        rename(("shared.{p}", "encoder.embed_tokens.{p}", "decoder.embed_tokens.{p}"), "embeddings.token.{p}"),
+        rename(tuple(lead + name for name in shared), "embeddings.token.{p}"),
         *parts,
-        rename("lm_head.{p}", "head.output.{p}") if config.untied else tied_copy("lm_head.{p}", "embeddings.token.{p}"),
+        head,
         drop("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"),
     )
 
@@ -209,7 +227,7 @@ def parse(hub: HubConfig) -> TransformerConfig:
 
 def unparse(config: TransformerConfig) -> dict[str, Any]:
     """Configuration -> config.json."""
-    scaled = config.head is None or config.head.scale != 1.0
+    scaled = not config.predicts_words or config.head.scale != 1.0
     keys = unparse_seq2seq(config, model_type="t5", name="T5")
     # Older readers take the scale from tie_word_embeddings.
     return {**keys, "scale_decoder_outputs": scaled, "tie_word_embeddings": scaled}

@@ -22,7 +22,7 @@ def parse(hub: HubConfig) -> TransformerConfig:
 def unparse(config: TransformerConfig) -> dict[str, Any]:
     """Configuration -> config.json."""
     keys = unparse_seq2seq(config, model_type="umt5", name="UMT5")
-    return {**keys, "tie_word_embeddings": config.head is None or config.head.scale != 1.0}
+    return {**keys, "tie_word_embeddings": not config.predicts_words or config.head.scale != 1.0}
 
 
 FAMILY = Family(name="umT5", model_types=("umt5",), parse=parse, unparse=unparse, rules=seq2seq_rules)

@@ -1,0 +1,217 @@
+"""Rows of supervised data: where they are, of which format they are, and whether each one is well formed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlxlm.data.jsonl import read_jsonl
+from mlxlm.errors import DataError, listing, nearest
+
+Row = Mapping[str, Any]
+SPLITS = ("train", "valid", "test")
+_VALID_NAMES = ("valid", "validation", "dev")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """keys: that a row must have, and by which the format is known.  optional: that it may have besides."""
+
+    keys: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+
+# The first whose keys are all there wins, so that {"text", "label"} is not taken for {"text"}.
+FORMATS: dict[str, Format] = {
+    "chat": Format(keys=("messages",), optional=("tools",)),
+    "preference": Format(keys=("prompt", "chosen", "rejected")),
+    "completion": Format(keys=("prompt", "completion")),
+    "classification": Format(keys=("text", "label"), optional=("pair",)),
+    "tagging": Format(keys=("tokens", "labels")),
+    "seq2seq": Format(keys=("source", "target")),
+    "text": Format(keys=("text",)),
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one file or split. name: for messages.  format: of all of them, a key of `FORMATS`."""
+
+    name: str
+    format: str
+    rows: list[tuple[str, Row]]  # where each stands ("train.jsonl, line 3"), and the row
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def format_of(row: Row, where: str) -> str:
+    """The format whose keys the row has. Raises DataError when there is none."""
+    for name, form in FORMATS.items():
+        if all(key in row for key in form.keys):
+            return name
+    known = {key for form in FORMATS.values() for key in form.keys}
+    strange = next((key for key in row if key not in known), "")
+    expected = "; ".join("{" + ", ".join(form.keys) + "}" for form in FORMATS.values())
+    hint = nearest(strange, known) if strange else ""
+    raise DataError(
+        f"{where}: the keys {listing(row) or 'none'} are of no known format{hint} (expected one of {expected})"
+    )
+
+
+def read_rows(path: str | Path, *, limit: int | None = None) -> Rows:
+    """All rows of a .jsonl file, checked: one format, taken from the first row, and values of the right types.
+
+    Keys that the format doesn't know are passed over, as data often carries ids and sources.  limit: of rows, None
+    for all.  Raises DataError naming file and line.
+    """
+    name = str(path)
+    return check_rows(name, ((f"{name}, line {number}", row) for number, row in _numbered(path)), limit)
+
+
+def check_rows(name: str, rows: Iterable[tuple[str, Row]], limit: int | None = None) -> Rows:
+    """The rows as `Rows`, each with the place that messages name it by. Raises DataError for the first bad one."""
+    found: list[tuple[str, Row]] = []
+    form = ""
+    for where, row in rows:
+        if limit is not None and len(found) >= limit:
+            break
+        form = form or format_of(row, where)
+        if not all(key in row for key in FORMATS[form].keys):
+            missing = listing(key for key in FORMATS[form].keys if key not in row)
+            raise DataError(f"{where}: the row lacks {missing}; the first rows of {name} are of format {form!r}")
+        other = format_of(row, where)
+        if other != form:
+            raise DataError(f"{where}: the row is of format {other!r}, those before it of {form!r}")
+        _CHECKS[form](row, where)
+        found.append((where, row))
+    if not found:
+        raise DataError(f"{name} has no rows; expected one JSON object a line")
+    return Rows(name, form, found)
+
+
+def find_splits(data: str | Path) -> dict[str, Path]:
+    """Files of the splits: of a folder train.jsonl, valid.jsonl and test.jsonl; a single file is "train".
+
+    Raises DataError when there is no such file or folder, or no train.jsonl in it.
+    """
+    path = Path(data)
+    if path.is_file():
+        return {"train": path}
+    if not path.is_dir():
+        raise DataError(
+            f"{data} is no file and no folder; expected a .jsonl file, a folder with train.jsonl, or a hub data set "
+            "written as hub:OWNER/NAME"
+        )
+    found = {name: path / f"{name}.jsonl" for name in SPLITS if (path / f"{name}.jsonl").is_file()}
+    for name in _VALID_NAMES:
+        if "valid" not in found and (path / f"{name}.jsonl").is_file():
+            found["valid"] = path / f"{name}.jsonl"
+    if not found:
+        there = [entry.name for entry in sorted(path.iterdir())]
+        raise DataError(
+            f"{data} has no train.jsonl, valid.jsonl or test.jsonl; it holds: {listing(there) or 'nothing'}"
+        )
+    return found
+
+
+def read_splits(data: str | Path) -> dict[str, Rows]:
+    """The rows of all splits of a folder, a file, or a hub data set ("hub:OWNER/NAME", with `datasets` installed).
+
+    Raises DataError, also when the splits are of different formats.
+    """
+    if str(data).startswith("hub:"):
+        splits = _from_hub(str(data).removeprefix("hub:"))
+    else:
+        splits = {name: read_rows(path) for name, path in find_splits(data).items()}
+    forms = {rows.format for rows in splits.values()}
+    if len(forms) > 1:
+        raise DataError(f"{data}: the splits are of different formats: {listing(sorted(forms))}")
+    return splits
+
+
+def _from_hub(name: str) -> dict[str, Rows]:
+    try:
+        import datasets  # type: ignore[import-not-found]
+    except ImportError:
+        raise DataError(f"hub:{name} needs the package `datasets`: pip install datasets, or give a folder") from None
+    try:
+        found = datasets.load_dataset(name)
+    except Exception as error:  # of many kinds: network, unknown name, a broken file
+        raise DataError(f"hub:{name} can't be loaded: {error}") from None
+    names = {"validation": "valid", "dev": "valid"}
+    return {
+        names.get(split, split): check_rows(split, ((f"{split}, row {i}", row) for i, row in enumerate(rows, 1)))
+        for split, rows in found.items()
+        if names.get(split, split) in SPLITS
+    }
+
+
+def _numbered(path: str | Path) -> Iterable[tuple[int, Row]]:
+    """Rows and their line numbers; `read_jsonl` passes over empty lines, so they are counted here."""
+    text_lines: list[int] = []
+    if str(path) != "-":
+        try:
+            with open(path, "rb") as file:
+                text_lines = [number for number, line in enumerate(file, 1) if line.strip()]
+        except OSError as error:
+            raise DataError(f"{path} can't be read: {error.strerror}") from None
+    for index, row in enumerate(read_jsonl(path)):
+        yield (text_lines[index] if index < len(text_lines) else index + 1), row
+
+
+def _text(row: Row, where: str, *keys: str, empty: bool = False) -> None:
+    for key in keys:
+        if not isinstance(row[key], str):
+            raise DataError(f"{where}: {key!r} must be text, not {type(row[key]).__name__}")
+        if not empty and not row[key].strip():
+            raise DataError(f"{where}: {key!r} is empty")
+
+
+def _check_chat(row: Row, where: str) -> None:
+    messages = row["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: 'messages' must be a list of at least one message")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise DataError(f"{where}: message {number} must be an object with a 'role' that is text")
+        if not isinstance(message.get("content"), (str, list)) and not message.get("tool_calls"):
+            raise DataError(f"{where}: message {number} ({message['role']}) has no 'content' and no 'tool_calls'")
+    if not any(message["role"] == "assistant" for message in messages):
+        roles = listing(dict.fromkeys(message["role"] for message in messages))
+        raise DataError(f"{where}: no message has the role 'assistant' (roles: {roles}), so there is nothing to learn")
+    if row.get("tools") is not None and not isinstance(row["tools"], list):
+        raise DataError(f"{where}: 'tools' must be a list")
+
+
+def _check_classification(row: Row, where: str) -> None:
+    _text(row, where, "text")
+    if isinstance(row["label"], bool) or not isinstance(row["label"], (str, int)):
+        raise DataError(f"{where}: 'label' must be text or a whole number, not {type(row['label']).__name__}")
+    if row.get("pair") is not None:
+        _text(row, where, "pair")
+
+
+def _check_tagging(row: Row, where: str) -> None:
+    tokens, labels = row["tokens"], row["labels"]
+    if not isinstance(tokens, list) or not isinstance(labels, list) or not tokens:
+        raise DataError(f"{where}: 'tokens' and 'labels' must be lists of at least one entry")
+    if len(tokens) != len(labels):
+        raise DataError(f"{where}: {len(tokens)} tokens but {len(labels)} labels")
+    if not all(isinstance(token, str) and token.strip() for token in tokens):
+        raise DataError(f"{where}: every token must be text that isn't empty")
+    if not all(isinstance(label, (str, int)) and not isinstance(label, bool) for label in labels):
+        raise DataError(f"{where}: every label must be text or a whole number")
+
+
+_CHECKS: dict[str, Callable[[Row, str], None]] = {
+    "chat": _check_chat,
+    "preference": lambda row, where: _text(row, where, "prompt", "chosen", "rejected"),
+    "completion": lambda row, where: _text(row, where, "prompt", "completion"),
+    "classification": _check_classification,
+    "tagging": _check_tagging,
+    "seq2seq": lambda row, where: _text(row, where, "source", "target"),
+    "text": lambda row, where: _text(row, where, "text"),
+}

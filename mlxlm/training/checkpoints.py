@@ -1,0 +1,133 @@
+"""Checkpoints of a run: folders that are whole or not there at all.
+
+    RUN/checkpoints/step-00000100/   parameters.safetensors  optimizer.safetensors  [average.safetensors]  state.json
+    RUN/best.json                    which checkpoint had the lowest loss on the validation data
+
+A checkpoint is written under a hidden name, brought to the disk, and only then renamed; it is removed in the opposite
+order. So whatever moment the process or the machine stops at, each `step-` folder is complete.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlxlm.checkpoint import open_safetensors, read_json, save_safetensors, write_json_atomic
+from mlxlm.checkpoint.files import sync_directory, unwritable
+from mlxlm.errors import CheckpointError, MlxlmError
+
+Arrays = dict[str, mx.array]
+
+_NAME = re.compile(r"step-(\d{8,})\Z")
+_PARTS = ("parameters", "optimizer", "average")
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """All that a run needs to go on as if it had not stopped.
+
+    arrays: by part ("parameters", "optimizer", "average"), then by name.  values: JSON-able: step, position of the
+    data, random state, counters, settings.
+    """
+
+    arrays: dict[str, Arrays]
+    values: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of a run's folder.
+
+    folder: of the run; made when something is written.  keep_last: newest ones that stay, the best one apart.
+    """
+
+    def __init__(self, folder: Path, keep_last: int = 3):
+        self.run, self.folder, self.keep_last = folder, folder / "checkpoints", keep_last
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        if not self.folder.is_dir():
+            return []
+        found = [(_NAME.match(path.name), path) for path in self.folder.iterdir()]
+        return sorted(int(match.group(1)) for match, path in found if match and (path / "state.json").is_file())
+
+    def path(self, step: int) -> Path:
+        """The folder of a step's checkpoint."""
+        return self.folder / f"step-{step:08d}"
+
+    def save(self, step: int, state: TrainingState) -> Path:
+        """Write a checkpoint. Raises CheckpointError when the disk refuses; earlier ones are untouched then."""
+        target = self.path(step)
+        temporary = self.folder / f".{target.name}.{secrets.token_hex(4)}.tmp"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+            sizes = {}
+            for part, arrays in state.arrays.items():
+                (file,) = save_safetensors(temporary, arrays, stem=part, max_shard_bytes=2**62)
+                sizes[file.name] = file.stat().st_size
+            write_json_atomic(temporary / "state.json", {"files": sizes, **state.values})
+            sync_directory(temporary)
+            if target.exists():
+                self._remove(target)  # of the same step, before a run was continued from an earlier one
+            os.rename(temporary, target)
+            sync_directory(self.folder)
+        except OSError as error:
+            raise unwritable(target, error) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return target
+
+    def load(self, step: int) -> TrainingState:
+        """A checkpoint. Raises CheckpointError for one that is missing or whose files have been changed."""
+        path = self.path(step)
+        values = read_json(path / "state.json")
+        arrays = {}
+        for name, size in values.pop("files", {}).items():
+            file = path / name
+            if not file.is_file() or file.stat().st_size != size:
+                raise CheckpointError(f"{file} is not the file that was saved: expected {size} bytes")
+            arrays[file.stem] = open_safetensors(file).load()
+            mx.eval(arrays[file.stem])
+        missing = {"parameters", "optimizer"} - arrays.keys()
+        if missing or values.get("step") != step or arrays.keys() - set(_PARTS):
+            raise CheckpointError(f"{path} is no checkpoint of a training run")
+        return TrainingState(arrays, values)
+
+    def mark_best(self, step: int, loss: float) -> None:
+        """Say which checkpoint is the best one so far; it is kept."""
+        write_json_atomic(self.run / "best.json", {"step": step, "loss": loss})
+
+    def best(self) -> int | None:
+        """The step of the best checkpoint, None when there was no evaluation."""
+        try:
+            return int(read_json(self.run / "best.json")["step"])
+        except (MlxlmError, KeyError, TypeError):
+            return None
+
+    def prune(self) -> None:
+        """Remove all but the newest and the best, and what killed processes left."""
+        kept = set(self.steps()[-self.keep_last :]) | {self.best()}
+        for step in self.steps():
+            if step not in kept:
+                self._remove(self.path(step))
+        for rest in self.folder.glob(".*.tmp") if self.folder.is_dir() else ():
+            shutil.rmtree(rest, ignore_errors=True)
+
+    def forget_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps: the run goes on from this one."""
+        for later in self.steps():
+            if later > step:
+                self._remove(self.path(later))
+
+    def _remove(self, path: Path) -> None:
+        """Take the name away first, so that no half-removed checkpoint ever has it."""
+        hidden = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        os.rename(path, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)

@@ -1,0 +1,390 @@
+"""Recipes: a pretraining run as one YAML file, checked as a whole before anything is loaded.
+
+model: {model_type: ..., hidden_size: ...}      # values of a config.json, or the path of one; weights are drawn
+tokenizer: runs/first/tokenizer                 # a folder
+data: {train: [books/*.txt], valid_fraction: 0.01, max_length: 512, batch_size: 16, cache: runs/first/cache}
+objective: {name: causal}
+training: {steps: 1000, learning_rate: 1e-3}    # see TrainSettings
+output: runs/first/run
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mlxlm.checkpoint import read_json, write_bytes_atomic
+from mlxlm.data import Source as TextSource
+from mlxlm.data import TokenReader, prepare
+from mlxlm.errors import ConfigError, DataError, MlxlmError, UsageError, nearest
+from mlxlm.models import Transformer, TransformerConfig
+from mlxlm.models.families import family_of
+from mlxlm.models.saving import save
+from mlxlm.models.source import Source
+from mlxlm.objectives import OBJECTIVES
+from mlxlm.tokenizers import Tokenizer, load_tokenizer
+from mlxlm.training import plan as plans
+from mlxlm.training.checkpoints import Checkpoints
+from mlxlm.training.initialisation import initialise
+from mlxlm.training.reporters import Reporter
+from mlxlm.training.settings import TrainSettings
+from mlxlm.training.tasks import WordLoss
+from mlxlm.training.trainer import Trainer
+
+SECTIONS = ("model", "tokenizer", "data", "objective", "training", "output", "memory", "loss_chunk")
+MEMORY = ("check", "auto", "off")
+_DATA = ("train", "valid", "valid_fraction", "max_length", "batch_size", "cache", "seed", "processes")
+# Arguments of objectives that come from the tokenizer, beside those that end in _id.
+_FROM_TOKENIZER = ("sentinels", "words", "starts", "ends")
+# What a resumed run may have otherwise than it had before.
+_MAY_CHANGE = (
+    "output",
+    "memory",
+    "data.cache",
+    "data.processes",
+    *tuple(
+        f"training.{name}"
+        for name in ("steps", "report_every", "save_every", "evaluate_every", "patience", "keep_last")
+    ),
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads 1e-3 as a number, as YAML 1.2 does, and refuses a key that is there twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys are all different."""
+        names = [key.value for key, _ in node.value]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A checked recipe.
+
+    values: as in the file, overrides applied and defaults filled in.  config: of the model.  model_values: its
+    config.json.  settings: of the trainer.
+    """
+
+    values: dict[str, Any]
+    model_values: dict[str, Any]
+    config: TransformerConfig
+    settings: TrainSettings
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.values["output"]).expanduser()
+
+    def plan_settings(self) -> plans.PlanSettings:
+        """What the memory plan depends on."""
+        data, settings = self.values["data"], self.settings
+        return plans.PlanSettings(
+            batch_size=data["batch_size"], length=data["max_length"], accumulation=settings.accumulation,
+            dtype=settings.dtype or "float32", master_weights=settings.master_weights, optimizer=settings.optimizer,
+            recompute_layers=settings.recompute_layers, chunk=self.values["loss_chunk"],
+        )  # fmt: skip
+
+    def fitted(self, limit: int | None = None) -> Recipe:
+        """The recipe as its `memory` says: refused when it can't fit ("check"), or made to fit ("auto").
+
+        limit: bytes, default the machine's working set. Raises MemoryPlanError.
+        """
+        if self.values["memory"] == "check":
+            plans.check(self.config, self.plan_settings(), limit)
+        if self.values["memory"] != "auto":
+            return self
+        chosen = plans.fit(self.config, self.plan_settings(), limit)
+        return check(
+            override(self.values, [
+                ("data.batch_size", chosen.batch_size), ("training.accumulation", chosen.accumulation),
+                ("training.recompute_layers", chosen.recompute_layers), ("loss_chunk", chosen.chunk),
+            ])
+        )  # fmt: skip
+
+    def save(self) -> None:
+        """Write `recipe.yaml` into the run's folder, whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(self.values, sort_keys=False, allow_unicode=True)
+        write_bytes_atomic(self.folder / "recipe.yaml", text.encode())
+
+    def trainer(self, reporters: Sequence[Reporter] = (), *, resume: bool = False) -> Trainer:
+        """Everything made ready: tokenised data, drawn weights, the recipe saved in the run's folder.
+
+        Raises UsageError when the folder holds a run and resume is False, or a run of another recipe and it is True.
+        """
+        found = Checkpoints(self.folder, self.settings.keep_last).steps()
+        if found and not resume:
+            raise UsageError(
+                f"{self.folder} holds a run of {found[-1]} steps: --resume it, or choose another --output for a new one"
+            )
+        if found and (self.folder / "recipe.yaml").is_file():
+            self._compare(read(self.folder / "recipe.yaml"))
+        tokenizer = load_tokenizer(Path(self.values["tokenizer"]).expanduser())
+        vocab_size = self.config.embeddings.vocab_size
+        if tokenizer.vocab_size > vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size}; "
+                f"set model.vocab_size to {tokenizer.vocab_size} or more"
+            )
+        objective = self._objective(tokenizer)
+        train, valid = self._stores(tokenizer)
+        data, seed = self.values["data"], self.settings.seed
+        sizes = {"batch_size": data["batch_size"], "max_length": data["max_length"], "seed": seed}
+        source = TokenReader(train, objective, **sizes)
+        model = Transformer(self.config)
+        initialise(model, seed)
+        ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in ("bos", "eos", "pad")}
+        known = {name: id for name, id in ids.items() if id is not None and self.model_values.get(name) is None}
+        model.source = Source(
+            family=family_of(self.model_values), path=self.folder, values={**self.model_values, **known},
+            config=self.config,
+        )  # fmt: skip
+        self.save()
+        return Trainer(
+            model,
+            WordLoss(chunk=self.values["loss_chunk"]),
+            source,
+            self.settings,
+            self.folder,
+            valid=(lambda: TokenReader(valid, objective, **sizes, epochs=1, shuffle=False)) if len(valid) else None,
+            reporters=reporters,
+            save_model=lambda folder: save(model, tokenizer, folder),
+            config=self.values,
+        )
+
+    def _objective(self, tokenizer: Tokenizer) -> Any:
+        settings = {name: value for name, value in self.values["objective"].items() if name != "name"}
+        settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+        try:
+            return OBJECTIVES[self.values["objective"]["name"]].from_tokenizer(tokenizer, **settings)
+        except TypeError as error:
+            raise ConfigError(f"objective: a value is of the wrong type ({error})") from error
+
+    def _stores(self, tokenizer: Tokenizer) -> tuple[Any, Any]:
+        data = self.values["data"]
+        cache = Path(data["cache"] or self.folder / "cache").expanduser()
+        shared = {"processes": data["processes"]}
+        train, valid = prepare(
+            data["train"], tokenizer, cache, valid_fraction=data["valid_fraction"], seed=data["seed"], **shared
+        )
+        if data["valid"]:
+            valid, _ = prepare(data["valid"], tokenizer, cache, **shared)
+        elif data["valid_fraction"] and not len(valid):
+            raise DataError(
+                f"valid_fraction {data['valid_fraction']} of {len(train)} documents gives none for validation; "
+                "set a larger one, or data.valid"
+            )
+        return train, valid
+
+    def _compare(self, before: Mapping[str, Any]) -> None:
+        then, now = _flat(before), _flat(self.values)
+        differ = [
+            f"{name} was {then.get(name)!r}, is {now.get(name)!r}"
+            for name in sorted({*then, *now})
+            if name not in _MAY_CHANGE and then.get(name) != now.get(name)
+        ]
+        if differ:
+            raise UsageError(f"{self.folder} holds a run of another recipe: {'; '.join(differ)}")
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The values of a recipe file, unchecked. Raises ConfigError when it is no YAML mapping."""
+    path = Path(path)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except OSError as error:
+        raise ConfigError(f"{path}: the recipe can't be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping with {', '.join(SECTIONS[:6])}")
+    return values
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """("training.learning_rate", 0.001) from "training.learning_rate=1e-3"; values are YAML. Raises UsageError."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise UsageError(f"--set {text!r}; expected NAME=VALUE such as training.learning_rate=1e-3")
+    try:
+        return name.strip(), yaml.load(value, _Loader)
+    except yaml.YAMLError:
+        raise UsageError(f"--set {text!r}: the value is not YAML") from None
+
+
+def override(values: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """A copy with values set by dotted names. Raises UsageError for a name below something that has no parts."""
+    result = copy.deepcopy(dict(values))
+    for name, value in changes:
+        *parents, last = name.split(".")
+        place = result
+        for parent in parents:
+            if place.get(parent) is None:
+                place[parent] = {}
+            place = place[parent]
+            if not isinstance(place, dict):
+                raise UsageError(f"--set {name}: {parent} is {place!r}, which has no parts to set")
+        place[last] = value
+    return result
+
+
+def check(values: Mapping[str, Any]) -> Recipe:
+    """The recipe of these values. Raises ConfigError that lists everything that is wrong with them."""
+    values = copy.deepcopy(dict(values))
+    problems = _unknown("", values, SECTIONS)
+    for name in SECTIONS[:6]:
+        if values.get(name) is None:
+            problems.append(f"{name} is missing")
+    for name in ("data", "objective", "training"):
+        if values.get(name) is not None and not isinstance(values[name], dict):
+            problems.append(f"{name} is {values[name]!r}; expected a mapping")
+    for name in ("tokenizer", "output"):
+        if values.get(name) is not None and not isinstance(values[name], str):
+            problems.append(f"{name} is {values[name]!r}; expected a path")
+    values.setdefault("memory", "check")
+    values.setdefault("loss_chunk", None)
+    values["memory"] = "off" if values["memory"] is False else values["memory"]  # YAML 1.1 reads off as false
+    if values["memory"] not in MEMORY:
+        problems.append(f"memory is {values['memory']!r}{nearest(str(values['memory']), MEMORY)}")
+    if values["loss_chunk"] is not None and not _whole(values["loss_chunk"], 1):
+        problems.append(f"loss_chunk is {values['loss_chunk']!r}; expected a number of words, or null")
+    model_values, config = _model(values.get("model"), problems)
+    if isinstance(values.get("data"), dict):
+        _check_data(values["data"], problems)
+    if isinstance(values.get("objective"), dict):
+        _check_objective(values["objective"], problems)
+    settings = _settings(values["training"], problems) if isinstance(values.get("training"), dict) else None
+    if config is not None and not config.predicts_words:
+        problems.append("model: it has no head that predicts words; set model.architectures to a class that has")
+    if problems:
+        raise ConfigError("the recipe can't be used: " + "; ".join(problems))
+    assert config is not None
+    assert settings is not None
+    values["training"] = settings.to_json()
+    return Recipe(values, model_values, config, settings)
+
+
+def _model(given: Any, problems: list[str]) -> tuple[dict[str, Any], TransformerConfig | None]:
+    if given is None:
+        return {}, None
+    try:
+        if isinstance(given, str):
+            path = Path(given).expanduser()
+            given = read_json(path / "config.json" if path.is_dir() else path)
+        if not isinstance(given, dict):
+            raise ConfigError(f"{given!r}; expected the values of a config.json, or a path")
+        return given, family_of(given).read_config(given)
+    except MlxlmError as error:
+        problems.append(f"model: {error}")
+        return {}, None
+
+
+def _check_data(data: dict[str, Any], problems: list[str]) -> None:
+    problems += _unknown("data.", data, _DATA)
+    defaults = {"valid": None, "valid_fraction": 0.0, "cache": None, "seed": 0, "processes": None}
+    for name, value in defaults.items():
+        data.setdefault(name, value)
+    for name in ("train", "valid"):
+        if data.get(name) is None:
+            continue
+        data[name] = data[name] if isinstance(data[name], list) else [data[name]]
+        for one in data[name]:
+            try:
+                if not isinstance(one, (str, dict)):
+                    raise UsageError(f"{one!r}; expected a path, a pattern or a mapping with location")
+                TextSource.parse(one)
+            except (MlxlmError, TypeError) as error:
+                problems.append(f"data.{name}: {error}")
+    if not data.get("train"):
+        problems.append("data.train is missing")
+    for name, least in (("max_length", 1), ("batch_size", 1), ("seed", 0), ("processes", 1)):
+        if name in defaults and data[name] is None:
+            continue
+        if not _whole(data.get(name), least):
+            problems.append(f"data.{name} is {data.get(name)!r}; expected a whole number of at least {least}")
+    fraction = data["valid_fraction"]
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 <= fraction < 1:
+        problems.append(f"data.valid_fraction is {fraction!r}; expected a number from 0 to below 1")
+    elif fraction and data["valid"]:
+        problems.append("data has both valid and valid_fraction; expected one of them")
+    if data["cache"] is not None and not isinstance(data["cache"], str):
+        problems.append(f"data.cache is {data['cache']!r}; expected a path")
+
+
+def _check_objective(objective: dict[str, Any], problems: list[str]) -> None:
+    kind = OBJECTIVES.get(objective.get("name", ""))  # type: ignore[call-overload]
+    if kind is None:
+        problems.append(f"objective.name is {objective.get('name')!r}{nearest(str(objective.get('name')), OBJECTIVES)}")
+        return
+    names = [field.name for field in dataclasses.fields(kind)]
+    names = [name for name in names if not name.endswith("_id") and name not in _FROM_TOKENIZER]
+    arguments = inspect.signature(kind.from_tokenizer).parameters.values()
+    names += [one.name for one in arguments if one.kind is one.KEYWORD_ONLY and one.name not in names]
+    problems += _unknown("objective.", objective, ["name", *names])
+
+
+def _settings(given: dict[str, Any], problems: list[str]) -> TrainSettings | None:
+    fields = {field.name: field for field in dataclasses.fields(TrainSettings)}
+    before = len(problems)
+    problems += _unknown("training.", given, fields)
+    if "steps" not in given:
+        problems.append("training.steps is missing")
+    for name, value in given.items():
+        kind = str(fields[name].type) if name in fields else ""
+        if kind and not _is_of(value, kind):
+            problems.append(f"training.{name} is {value!r}; expected {kind.replace('None', 'null')}")
+    if len(problems) > before:
+        return None
+    try:
+        return TrainSettings.from_json(given)
+    except MlxlmError as error:
+        problems.append(f"training: {error}")
+        return None
+
+
+def _is_of(value: Any, kind: str) -> bool:
+    """Whether a value is of an annotated type, such as "float | None"."""
+    if value is None:
+        return "None" in kind
+    if isinstance(value, bool) or "bool" in kind:
+        return isinstance(value, bool) and "bool" in kind
+    if "tuple" in kind:
+        return isinstance(value, (list, tuple)) and all(_is_of(one, "float") for one in value)
+    if "float" in kind:
+        return isinstance(value, (int, float))
+    return isinstance(value, int if "int" in kind else str)
+
+
+def _whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _unknown(prefix: str, values: Mapping[Any, Any], names: Iterable[str]) -> list[str]:
+    names = list(names)
+    return [f"unknown key {f'{prefix}{name}'!r}{nearest(str(name), names)}" for name in values if name not in names]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat

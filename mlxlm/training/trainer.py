@@ -1,0 +1,352 @@
+"""The training loop: batches, steps, evaluation, checkpoints, and an end that loses nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlxlm import runtime
+from mlxlm.errors import CheckpointError, DataError, TrainingError, UsageError, listing
+from mlxlm.models import Transformer
+from mlxlm.training.checkpoints import Checkpoints, TrainingState
+from mlxlm.training.evaluation import Evaluation, evaluate
+from mlxlm.training.interruption import Interruption
+from mlxlm.training.reporters import Reporter
+from mlxlm.training.settings import TrainSettings
+from mlxlm.training.step import Outcome, Step
+from mlxlm.training.tasks import Task
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclass
+class Progress:
+    """Where a run is; goes into checkpoints.
+
+    step: updates done, skipped ones included.  tokens: read so far.  targets: learned so far.  skipped, in_a_row:
+    updates left out, in all and just now.  loss, count, interval_tokens: sums since the last report.
+    best, best_step: lowest loss on the validation data.  stale: evaluations since then.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    targets: int = 0
+    skipped: int = 0
+    in_a_row: int = 0
+    loss: float = 0.0
+    count: int = 0
+    interval_tokens: int = 0
+    best: float | None = None
+    best_step: int | None = None
+    stale: int = 0
+    evaluated: int = -1
+    norm: float = 0.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    step: updates done.  reason: "done", "data" (the data ended), "early" (no better loss for a while), "until" (the
+    step that was asked for), or the name of a signal.  loss: mean over the last interval that was reported.
+    best, best_step: on the validation data, None without.  tokens: read in all.  shapes: of batches that were seen,
+    as many as the step was compiled for.
+    """
+
+    step: int
+    reason: str
+    loss: float | None
+    best: float | None
+    best_step: int | None
+    tokens: int
+    skipped: int
+    shapes: int
+
+
+@dataclass
+class _Clock:
+    """Time and tokens since the last report."""
+
+    start: float = field(default_factory=time.perf_counter)
+    since: float = field(default_factory=time.perf_counter)
+    paused: float = 0.0
+
+    def lap(self) -> float:
+        """Seconds of training since the last lap, evaluation and saving left out."""
+        now = time.perf_counter()
+        seconds = now - self.since - self.paused
+        self.since, self.paused = now, 0.0
+        return max(seconds, 1e-9)
+
+
+class Trainer:
+    """Trains what is trainable in a model.
+
+    model: its trainable parameters are updated, whatever chose them.  task: the loss.  source: gives batches, see
+    `mlxlm.data`.  folder: for checkpoints and metrics, None to keep nothing.  valid: makes a fresh source over the
+    whole validation data.  reporters: are told what happens.  save_model: called at the end with the folder
+    `folder/model`, with the (averaged) weights in the model.  config: goes into checkpoints as it is.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        task: Task,
+        source: Any,
+        settings: TrainSettings,
+        folder: str | Path | None = None,
+        *,
+        valid: Callable[[], Any] | None = None,
+        reporters: Sequence[Reporter] = (),
+        save_model: Callable[[Path], None] | None = None,
+        config: dict[str, Any] | None = None,
+    ):
+        self.model, self.source, self.settings, self.valid = model, source, settings, valid
+        self.folder = None if folder is None else Path(folder)
+        self.reporters, self.save_model, self.config = list(reporters), save_model, config or {}
+        self.progress = Progress()
+        self.checkpoints = None if self.folder is None else Checkpoints(self.folder, settings.keep_last)
+        if settings.patience and (valid is None or not settings.evaluate_every):
+            raise UsageError("patience needs validation data and evaluate_every")
+        self.step = Step(model, task, settings)
+        self._position = source.state()
+        self._clock = _Clock()
+        self._last_loss: float | None = None
+
+    def run(self, *, resume: bool = False, until: int | None = None) -> Result:
+        """Train to the last step, or to step `until`.
+
+        resume: go on from the newest checkpoint in the folder, exactly as if the run had not stopped.
+
+        Raises UsageError when the folder holds a run and resume is False, TrainingError when gradients stay without
+        a finite value, CheckpointError when the last checkpoint can't be written.
+        """
+        found = self.checkpoints.steps() if self.checkpoints is not None else []
+        if found and not resume:
+            raise UsageError(
+                f"{self.folder} holds a run of {found[-1]} steps: resume it, or choose another folder for a new one"
+            )
+        if found:
+            self._restore(found[-1])
+        self._tell("on_start", self)
+        self._clock = _Clock()
+        try:
+            with Interruption() as interruption, _cache_limit(self.settings.cache_limit):
+                reason = self._loop(interruption, self.settings.steps if until is None else until)
+                self._tell_interval(last=True)
+                if (
+                    self.valid is not None
+                    and reason in ("done", "data")
+                    and self.progress.evaluated != self.progress.step
+                ):
+                    self._evaluate()
+                if self.checkpoints is not None and self.progress.step not in self.checkpoints.steps():
+                    self._save(final=True)
+                if self.save_model is not None and self.folder is not None and reason in ("done", "data", "early"):
+                    self.step.give_back(averaged=True)
+                    self.save_model(self.folder / "model")
+        finally:
+            self.step.close()
+            self._tell("on_end", self)
+        progress = self.progress
+        return Result(
+            progress.step, reason, self._last_loss, progress.best, progress.best_step, progress.tokens,
+            progress.skipped, len(self.step.shapes),
+        )  # fmt: skip
+
+    def evaluate(self) -> Evaluation:
+        """Loss over the whole validation data, with the averaged weights where they are kept."""
+        if self.valid is None:
+            raise UsageError("there is no validation data to evaluate on")
+        return evaluate(self.step, self.valid())
+
+    def _loop(self, interruption: Interruption, last: int) -> str:
+        settings, progress = self.settings, self.progress
+        batches = self._fetch()
+        while progress.step < min(last, settings.steps):
+            if not batches:
+                if progress.step == 0:
+                    raise DataError("the data has no batch to train on")
+                return "data"
+            # The source is now at the end of these batches; the next ones are fetched before the step is over.
+            position, tokens = self.source.state(), _tokens(batches)
+            outcome = self.step(batches, settings.rate(progress.step))
+            mx.async_eval(self.step.state, outcome.loss, outcome.count, outcome.norm, outcome.valid)
+            # The next batches are made while the device works.
+            batches = self._fetch() if progress.step + 1 < settings.steps else []
+            self.step.evaluate_state()
+            self._position = position
+            self._take_in(outcome, tokens)
+            if settings.report_every and progress.step % settings.report_every == 0:
+                self._tell_interval()
+            evaluated = bool(settings.evaluate_every) and progress.step % settings.evaluate_every == 0
+            stop = evaluated and self.valid is not None and self._evaluate()
+            if settings.save_every and progress.step % settings.save_every == 0:
+                self._save()
+            if interruption.signal is not None:
+                return signal.Signals(interruption.signal).name
+            if stop:
+                return "early"
+        return "done" if progress.step >= settings.steps else "until"
+
+    def _fetch(self) -> list[Batch]:
+        """The batches of one update; fewer than asked for at the end of the data, so that none is left out."""
+        batches: list[Batch] = []
+        while len(batches) < self.settings.accumulation:
+            batch = self.source.next()
+            if batch is None:
+                break
+            batches.append(batch)
+        return batches
+
+    def _take_in(self, outcome: Outcome, tokens: int) -> None:
+        progress = self.progress
+        progress.step += 1
+        progress.tokens += tokens
+        progress.interval_tokens += tokens
+        progress.norm = outcome.norm.item()
+        if outcome.valid.item():
+            progress.in_a_row = 0
+            progress.targets += outcome.count.item()
+            progress.loss += outcome.loss.item()
+            progress.count += outcome.count.item()
+            return
+        progress.skipped += 1
+        progress.in_a_row += 1
+        why = "no target in the batch" if outcome.count.item() == 0 else f"gradient norm {progress.norm}"
+        self._tell("on_message", f"step {progress.step}: update skipped ({why})")
+        if progress.in_a_row > self.settings.max_skipped:
+            raise TrainingError(
+                f"{progress.in_a_row} updates in a row had to be skipped ({why}) up to step {progress.step}: lower "
+                "learning_rate, set clip_norm, or look at the data there"
+            )
+
+    def _tell_interval(self, last: bool = False) -> None:
+        """Report the steps since the last report. The sums go on after a last one, so that a resumed run has them."""
+        progress = self.progress
+        if progress.interval_tokens == 0:
+            return
+        seconds = self._clock.lap()
+        loss = progress.loss / progress.count if progress.count else math.nan
+        self._last_loss = loss
+        self._tell("on_metrics", {
+            "step": progress.step,
+            "loss": loss,
+            "learning_rate": self.settings.rate(max(progress.step - 1, 0)),
+            "gradient_norm": progress.norm,
+            "tokens": progress.tokens,
+            "tokens_per_second": progress.interval_tokens / seconds,
+            "memory": runtime.memory().peak,
+            "skipped": progress.skipped,
+        })  # fmt: skip
+        if not last:
+            progress.loss, progress.count, progress.interval_tokens = 0.0, 0, 0
+
+    def _evaluate(self) -> bool:
+        """Measure, keep the best; whether patience has run out."""
+        started, progress = time.perf_counter(), self.progress
+        result = self.evaluate()
+        progress.evaluated = progress.step
+        self._tell(
+            "on_evaluation",
+            {"step": progress.step, "valid_loss": result.loss, "perplexity": result.perplexity, "count": result.count},
+        )
+        if progress.best is None or result.loss < progress.best:
+            progress.best, progress.best_step, progress.stale = result.loss, progress.step, 0
+            if self.checkpoints is not None and self._save():
+                self.checkpoints.mark_best(progress.step, result.loss)
+        else:
+            progress.stale += 1
+        self._clock.paused += time.perf_counter() - started
+        return bool(self.settings.patience) and progress.stale >= self.settings.patience
+
+    def _save(self, final: bool = False) -> bool:
+        """Write a checkpoint. A disk that refuses ends the run only at its end; before, the next one may succeed."""
+        if self.checkpoints is None:
+            return False
+        started = time.perf_counter()
+        try:
+            self.checkpoints.save(self.progress.step, self._state())
+            self.checkpoints.prune()
+        except (CheckpointError, OSError) as error:
+            if final:
+                raise
+            self._tell("on_message", f"step {self.progress.step}: no checkpoint ({error}); training goes on")
+            return False
+        finally:
+            self._clock.paused += time.perf_counter() - started
+        return True
+
+    def _state(self) -> TrainingState:
+        arrays = {"parameters": self.step.parameters, "optimizer": self.step.optimizer.arrays()}
+        if self.step.average is not None:
+            arrays["average"] = self.step.average
+        return TrainingState(
+            arrays,
+            {
+                "step": self.progress.step,
+                "progress": vars(self.progress),
+                "position": self._position,
+                "random": np.array(mx.random.state[0]).tolist(),
+                "settings": self.settings.to_json(),
+                "config": self.config,
+            },
+        )
+
+    def _restore(self, number: int) -> None:
+        """Take over a checkpoint. Raises CheckpointError when it is another model's or another optimizer's."""
+        assert self.checkpoints is not None
+        state = self.checkpoints.load(number)
+        expected = {"parameters": self.step.parameters} | (
+            {} if self.step.average is None else {"average": self.step.average}
+        )
+        for part, mine in expected.items():
+            given = state.arrays.get(part, {})
+            unlike = sorted(
+                name for name in {*mine, *given}
+                if name not in mine or name not in given or mine[name].shape != given[name].shape
+            )  # fmt: skip
+            if unlike:
+                raise CheckpointError(
+                    f"{self.checkpoints.path(number)} is of another model or other settings; {part} that differ: "
+                    f"{listing(unlike, 5)}"
+                )
+            mine.update({name: given[name].astype(mine[name].dtype) for name in mine})
+        self.step.optimizer.restore(state.arrays["optimizer"])
+        self.step.give_back()
+        self.progress = Progress(**state.values["progress"])
+        self._position = state.values["position"]
+        self.source.restore(self._position)
+        mx.random.state[0][:] = mx.array(state.values["random"], dtype=mx.uint32)
+        self.checkpoints.forget_after(number)
+
+    def _tell(self, event: str, value: Any) -> None:
+        for reporter in self.reporters:
+            getattr(reporter, event)(value)
+
+
+@contextlib.contextmanager
+def _cache_limit(limit: int | None) -> Iterator[None]:
+    """MLX's limit of the cache of freed buffers, in bytes, set for a while and then put back; None leaves it."""
+    if limit is None:
+        yield
+        return
+    before = mx.set_cache_limit(limit)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(before)
+
+
+def _tokens(batches: Sequence[Batch]) -> int:
+    """Tokens read in some batches, padding left out where lengths say what it is."""
+    return sum(int(batch["key_lengths"].sum()) if "key_lengths" in batch else batch["tokens"].size for batch in batches)

@@ -1,0 +1,91 @@
+"""The adapter files of Hugging Face PEFT give the logits that PEFT computes, and survive being written by us."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxlm.models import load_model
+from mlxlm.peft import load_adapter, save_adapter, unload
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+NAMES = sorted(path.parent.name for path in (FIXTURES / "peft").glob("*/expected.safetensors"))
+
+
+def base_of(name):
+    return load_model(FIXTURES / "models" / config_of(name)["base_model_name_or_path"])
+
+
+def config_of(name):
+    return json.loads((FIXTURES / "peft" / name / "adapter_config.json").read_text())
+
+
+def answers(model, expected):
+    """Logits of the fixture's inputs, one row at a time where padding might be treated differently."""
+    rows = []
+    for tokens, length, decoder in zip(
+        expected["tokens"],
+        expected["lengths"].tolist(),
+        expected.get("decoder_tokens", [None] * len(expected["tokens"])),
+        strict=True,
+    ):
+        keywords = {"key_lengths": mx.array([length])}
+        if decoder is not None:
+            keywords["decoder_tokens"] = decoder[None]
+        rows.append(model(tokens[None], **keywords))
+    return rows
+
+
+def differences(model, name):
+    """Largest errors of the valid places of each row, relative to the largest logit if that is above 1."""
+    expected = mx.load(str(FIXTURES / "peft" / name / "expected.safetensors"))
+    worst = []
+    for row, logits in enumerate(answers(model, expected)):
+        wanted = np.array(expected["logits"][row])
+        got = np.array(logits[0])
+        if wanted.ndim == 2 and "decoder_tokens" not in expected:
+            valid = int(expected["lengths"][row])
+            wanted, got = wanted[:valid], got[:valid]
+        worst.append(np.abs(wanted - got).max() / max(1.0, np.abs(wanted).max()))
+    return worst
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_peft_folder_gives_the_logits_of_peft(name):
+    model = base_of(name)
+    bare = differences(model, name)
+    load_adapter(model, FIXTURES / "peft" / name)
+    assert max(differences(model, name)) < 1e-5
+    assert min(bare) > 1e-3  # else the adapter does nothing and the claim is empty
+    unload(model)
+    assert differences(model, name) == bare
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_we_write_of_it_says_the_same(name, tmp_path):
+    model = load_adapter(base_of(name), FIXTURES / "peft" / name)
+    save_adapter(model, tmp_path / "again", layout="peft")
+    assert max(differences(load_adapter(base_of(name), tmp_path / "again"), name)) < 1e-5
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("name", NAMES)
+def test_peft_reads_what_we_write(name, tmp_path):
+    pytest.importorskip("torch", reason="needs the `parity` extra")
+    peft = pytest.importorskip("peft", reason="needs the `parity` extra")
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tools"))
+    from make_peft_fixtures import base_model, logits_of
+
+    model = load_adapter(base_of(name), FIXTURES / "peft" / name)
+    save_adapter(model, tmp_path / "ours", layout="peft")
+    expected = mx.load(str(FIXTURES / "peft" / name / "expected.safetensors"))
+    inputs = {key: np.array(array) for key, array in expected.items() if key != "logits"}
+    theirs = peft.PeftModel.from_pretrained(base_model(config_of(name)["base_model_name_or_path"]), tmp_path / "ours")
+    assert np.abs(logits_of(theirs.eval(), inputs) - np.array(expected["logits"])).max() < 1e-4

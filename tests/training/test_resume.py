@@ -1,0 +1,229 @@
+"""A run that was stopped, killed or refused by the disk goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from training_runs import run, same, tiny_model, weights_of
+
+from mlxlm.errors import CheckpointError, UsageError
+from mlxlm.training import Checkpoints, Reporter, TrainingState, read_metrics
+
+SCRIPT = Path(__file__).with_name("training_runs.py")
+
+
+def start(folder, steps):
+    """The same run in another process."""
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2]), "OPENBLAS_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, str(SCRIPT), str(folder), str(steps)], env=environment)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "lion", "muon", "sgd"])
+def test_2n_steps_equal_n_and_n_more_bit_for_bit(optimizer, tmp_path):
+    whole, _ = run(tmp_path / "whole", 10, optimizer=optimizer)
+    _, half = run(tmp_path / "halves", 10, until=5, optimizer=optimizer)
+    assert (half.step, half.reason) == (5, "until")
+    again, result = run(tmp_path / "halves", 10, optimizer=optimizer)
+    assert same(whole, again)
+    assert (result.step, result.reason) == (10, "done")
+    curves = [
+        {row["step"]: (row["loss"], row["learning_rate"], row["tokens"]) for row in read_metrics(tmp_path / name)}
+        for name in ("whole", "halves")
+    ]
+    assert {step: curves[1][step] for step in curves[0]} == curves[0]
+
+
+def test_bug_6_a_resumed_run_keeps_its_step_its_optimizer_and_its_files(tmp_path):
+    run(tmp_path, 10, until=4)
+    before = Checkpoints(tmp_path).load(4)
+    saved = (Checkpoints(tmp_path).path(4) / "parameters.safetensors").read_bytes()
+    seen = []
+
+    class Start(Reporter):
+        def on_start(self, trainer):
+            seen.append(trainer.progress.step)
+            arrays = trainer.step.optimizer.arrays()
+            assert same(
+                {k: np.array(v) for k, v in arrays.items()},
+                {k: np.array(v) for k, v in before.arrays["optimizer"].items()},
+            )
+
+    run(tmp_path, 10, until=5, reporters=[Start()])
+    assert seen == [4]
+    assert (Checkpoints(tmp_path).path(4) / "parameters.safetensors").read_bytes() == saved
+
+
+def test_a_folder_with_a_run_is_not_written_over(tmp_path):
+    from training_runs import Rows
+
+    from mlxlm.training import Trainer, TrainSettings, WordLoss
+
+    run(tmp_path, 4, until=2)
+    trainer = Trainer(tiny_model(), WordLoss(), Rows(), TrainSettings(steps=4), tmp_path)
+    with pytest.raises(UsageError, match="holds a run of 2 steps"):
+        trainer.run()
+
+
+@pytest.mark.parametrize("change", [{"optimizer": "lion"}, {"ema_decay": None}], ids=str)
+def test_a_checkpoint_of_other_settings_is_refused(change, tmp_path):
+    run(tmp_path, 4, until=2, optimizer="adamw")
+    if "optimizer" in change:
+        with pytest.raises(CheckpointError, match="another optimizer"):
+            run(tmp_path, 4, **change)
+    else:
+        run(tmp_path, 4, **change)  # leaving the average out is no harm
+
+
+def test_another_process_resumes_to_the_same_weights(tmp_path):
+    whole, _ = run(None, 8, save_every=1)
+    run(tmp_path, 8, until=3, save_every=1)
+    assert start(tmp_path, 8).wait() == 0
+    with np.load(tmp_path / "weights.npz") as file:
+        assert same(whole, dict(file))
+
+
+def kill_and_resume(folder, steps, moments, seed):
+    """Kill the run at random moments, then let it end; its weights."""
+    rng = random.Random(seed)
+    for _ in range(moments):
+        process = start(folder, steps)
+        deadline = time.monotonic() + 60
+        begun = Checkpoints(folder).steps()
+        while process.poll() is None and Checkpoints(folder).steps() == begun and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.15)
+        process.kill()
+        process.wait()
+    assert start(folder, steps).wait() == 0
+    with np.load(folder / "weights.npz") as file:
+        return dict(file)
+
+
+def test_a_run_killed_at_random_moments_ends_as_if_it_was_not(tmp_path):
+    whole, _ = run(None, 60, save_every=1)
+    assert same(whole, kill_and_resume(tmp_path, 60, 3, seed=1))
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_20_random_moments_ends_as_if_it_was_not(tmp_path):
+    whole, _ = run(None, 400, save_every=1)
+    assert same(whole, kill_and_resume(tmp_path, 400, 20, seed=2))
+
+
+class Interrupt(Reporter):
+    def __init__(self, number, step):
+        self.number, self.step = number, step
+
+    def on_metrics(self, metrics):
+        if metrics["step"] == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_saves_and_ends_the_run(number, tmp_path):
+    whole, _ = run(None, 8)
+    before = signal.getsignal(number)
+    _, result = run(tmp_path, 8, reporters=[Interrupt(number, 4)])
+    assert (result.reason, result.step) == (number.name, 4)
+    assert Checkpoints(tmp_path).steps()[-1] == 4
+    assert signal.getsignal(number) is before
+    assert same(whole, run(tmp_path, 8)[0])
+
+
+def test_a_second_signal_forces_the_end(tmp_path):
+    class Twice(Reporter):
+        def on_metrics(self, metrics):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, 8, reporters=[Twice()])
+    assert Checkpoints(tmp_path).steps() == []
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint_and_the_run_going(tmp_path, monkeypatch):
+    import mlxlm.training.checkpoints as module
+
+    original, messages = module.save_safetensors, []
+
+    def full(directory, arrays, **keywords):
+        if "step-00000006" in str(directory) and keywords["stem"] == "optimizer":
+            raise OSError(28, "No space left on device")
+        return original(directory, arrays, **keywords)
+
+    class Listen(Reporter):
+        def on_message(self, text):
+            messages.append((text, Checkpoints(tmp_path).steps()))
+
+    monkeypatch.setattr(module, "save_safetensors", full)
+    run(tmp_path, 9, reporters=[Listen()])
+    ((text, steps),) = messages
+    assert "step 6: no checkpoint" in text
+    assert "No space left on device" in text
+    assert steps == [3]
+    assert Checkpoints(tmp_path).steps() == [3, 9]
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_a_full_disk_at_the_end_is_an_error(tmp_path, monkeypatch):
+    import mlxlm.training.checkpoints as module
+
+    def full(directory, arrays, **keywords):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_safetensors", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        run(tmp_path, 4)
+    assert Checkpoints(tmp_path).steps() == []
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "half-written folder"])
+def test_a_damaged_checkpoint_is_never_loaded(damage, tmp_path):
+    run(tmp_path, 4, until=2)
+    checkpoints = Checkpoints(tmp_path)
+    file = checkpoints.path(2) / "optimizer.safetensors"
+    if damage == "half-written folder":
+        (checkpoints.path(2) / "state.json").unlink()
+        assert checkpoints.steps() == []
+        return
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-4])
+    else:
+        file.unlink()
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors is not the file that was saved"):
+        run(tmp_path, 4)
+
+
+def test_a_resumed_run_cuts_metrics_after_its_checkpoint_and_torn_lines(tmp_path):
+    run(tmp_path, 8, until=4)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 6, "loss": 1.0}\n{"step": 7, "lo')
+    run(tmp_path, 8, until=6)
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    assert rows[-1]["loss"] != 1.0
+
+
+def test_pruning_keeps_the_best_and_removes_leftovers(tmp_path):
+    import mlx.core as mx
+
+    checkpoints = Checkpoints(tmp_path, keep_last=1)
+    arrays = {"parameters": {"w": mx.ones(2)}, "optimizer": {"m": mx.ones(2)}}
+    for step in (1, 2, 3):
+        checkpoints.save(step, TrainingState(arrays, {"step": step}))
+    checkpoints.mark_best(1, 0.5)
+    (checkpoints.folder / ".step-00000009.abcd.tmp").mkdir()
+    checkpoints.prune()
+    assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["step-00000001", "step-00000003"]
+
+
+def test_the_weights_of_the_tiny_model_do_not_depend_on_the_process():
+    assert same(weights_of(tiny_model()), weights_of(tiny_model()))

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def generate(
-    model: opt.Model,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The prompt; - reads it from standard input.")],
+    model: opt.ModelOrShipped = None,
     system_prompt: opt.SystemPrompt = None,
     max_tokens: opt.MaxTokens = 256,
     temp: opt.Temperature = 0.0,
@@ -75,7 +75,7 @@ def generate(
     if not text:
         raise PromptError("the prompt is empty; give one with --prompt")
     start = time.perf_counter()
-    network, tokenizer = opt.load(model, dtype, revision, adapter_path)
+    network, tokenizer = opt.load(model or opt.shipped_model(), dtype, revision, adapter_path)
     loaded = time.perf_counter() - start
     tokens: str | list[int] = text
     if tokenizer.chat_template is not None and not ignore_chat_template:

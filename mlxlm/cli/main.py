@@ -17,6 +17,7 @@ from mlxlm.cli.fuse import fuse
 from mlxlm.cli.generate import generate
 from mlxlm.cli.plan import plan
 from mlxlm.cli.plot import plot
+from mlxlm.cli.pretrain import pretrain
 from mlxlm.cli.tokenizer import tokenizer
 from mlxlm.errors import MlxlmError
 from mlxlm.version import __version__
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (generate, chat, embed, fill_mask, plot, families, fuse, doctor, plan):
+for verb in (generate, chat, embed, fill_mask, plot, pretrain, families, fuse, doctor, plan):
     app.command(verb.__name__.replace("_", "-"), no_args_is_help=verb in (fill_mask,))(verb)
 app.add_typer(tokenizer)
 

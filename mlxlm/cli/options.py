@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,6 +24,14 @@ Model = Annotated[
 AdapterPath = Annotated[
     str | None,
     typer.Option("--adapter-path", metavar="FOLDER", help="An adapter to use with the model (PEFT, mlx-lm, mlxlm)."),
+]
+ModelOrShipped = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="PATH_OR_ID",
+        help="A checkpoint directory, a .gguf file or a hub id; default the small model of Python code that mlxlm has.",
+    ),
 ]
 Dtype = Annotated[
     str | None,
@@ -42,6 +51,11 @@ StopToken = Annotated[
     list[str] | None, typer.Option("--extra-eos-token", help="A further token that ends an answer; may be repeated.")
 ]
 SystemPrompt = Annotated[str | None, typer.Option("--system-prompt", help="The system message.")]
+
+
+def shipped_model() -> str:
+    """The directory of the small model that comes with the package; its README.md says what it is."""
+    return str(Path(__file__).parent.parent / "shipped" / "python-stdlib")
 
 
 @contextlib.contextmanager

@@ -49,10 +49,12 @@ _MAY_CHANGE = (
     "memory",
     "data.cache",
     "data.processes",
-    *tuple(
-        f"training.{name}"
-        for name in ("steps", "report_every", "save_every", "evaluate_every", "patience", "keep_last")
-    ),
+    "training.steps",
+    "training.report_every",
+    "training.save_every",
+    "training.evaluate_every",
+    "training.patience",
+    "training.keep_last",
 )
 
 

@@ -56,7 +56,8 @@ class Encoding:
     example, "cut-left" its beginning or "cut-right" its end, default "cut-right".  loss_on: see `encode_chat_turns`;
     for prompts with completions "assistant" and "completion" are the same.  seq2seq: the model has an encoder and a
     decoder.  labels: names of the classes in order.  chat: give prompts with completions as a chat where the tokenizer
-    has a template, default True.  variables: for the chat template.
+    has a template, default True.  variables: for the chat template.  token_types: the model tells a text from its pair
+    by types of tokens, default True.
     """
 
     max_length: int
@@ -66,6 +67,7 @@ class Encoding:
     labels: tuple[str, ...] = ()
     chat: bool = True
     variables: dict[str, Any] = field(default_factory=dict)
+    token_types: bool = True
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
@@ -252,8 +254,8 @@ def _class(label: str | int, where: str, encoding: Encoding) -> int:
 def _encode_classification(row: Row, where: str, tokenizer: Tokenizer, encoding: Encoding) -> list[Example]:
     label, pair = _class(row["label"], where, encoding), row.get("pair")
     if pair is not None:
-        tokens, types = tokenizer._encode(row["text"], pair, True)
-        return [Example(tokens, [False] * len(tokens), label=label, types=types)]
+        tokens, types = tokenizer.encode_with_types(row["text"], pair)
+        return [Example(tokens, [False] * len(tokens), label=label, types=types if encoding.token_types else None)]
     tokens = tokenizer.encode(row["text"])
     return [Example(tokens, [False] * len(tokens), label=label)]
 

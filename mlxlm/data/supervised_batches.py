@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,6 +52,7 @@ class SupervisedSource:
         self.seed, self.multiple = seed, multiple
         self.epoch, self.num_tokens, self._index = 0, 0, 0
         self._plan: tuple[int, list[list[list[int]]]] | None = None
+        self._contents = _digest(examples)
 
     def __len__(self) -> int:
         """Batches of the current epoch."""
@@ -88,7 +90,7 @@ class SupervisedSource:
     def _fingerprint(self) -> dict[str, Any]:
         return {
             "examples": len(self.examples),
-            "tokens": sum(len(example.tokens) for example in self.examples),
+            "contents": self._contents,
             "batch_size": self.batch_size,
             "max_length": self.max_length,
             "packing": self.packing,
@@ -116,6 +118,18 @@ class SupervisedSource:
             pool = sorted(order[first : first + size * _POOL].tolist(), key=lambda i: _length(self.examples[i]))
             batches += [[[i] for i in pool[at : at + size]] for at in range(0, len(pool), size)]
         return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    """A hash of all that is trained on, in its order; where a row stood does not count."""
+    hashed = hashlib.blake2b(digest_size=16)
+    for example in examples:
+        label = example.label if isinstance(example.label, list) else [] if example.label is None else [example.label]
+        parts = (example.tokens, example.scored, example.target or (), label, example.types or ())
+        hashed.update(np.array([len(part) for part in parts], dtype=np.int32).tobytes())
+        for part in parts:
+            hashed.update(np.array(part, dtype=np.int32).tobytes())
+    return hashed.hexdigest()
 
 
 def _length(example: Example) -> int:

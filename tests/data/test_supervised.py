@@ -267,3 +267,30 @@ def test_a_restored_source_goes_on_exactly(after, packing):
     assert source.state() == other.state()
     with pytest.raises(DataError, match="other data or other batches"):
         make(5).restore(source.state())
+
+
+def test_a_source_is_not_restored_on_other_contents_of_the_same_size():
+    """Rows that were edited in place have the same counts, and yet are other data."""
+    examples, edited = word_examples(9), word_examples(9)
+    edited[4].tokens[1] += 1
+    state = SupervisedSource(examples, 4, max_length=64).state()
+    assert sum(len(example.tokens) for example in examples) == sum(len(example.tokens) for example in edited)
+    with pytest.raises(DataError, match="other data or other batches"):
+        SupervisedSource(edited, 4, max_length=64).restore(state)
+    relabelled = [Example(one.tokens, [False] * len(one.tokens), label=0) for one in examples]
+    other = [*relabelled[:-1], Example(examples[-1].tokens, relabelled[-1].scored, label=1)]
+    state = SupervisedSource(relabelled, 4, max_length=64).state()
+    with pytest.raises(DataError, match="other data or other batches"):
+        SupervisedSource(other, 4, max_length=64).restore(state)
+
+
+def test_a_pair_has_types_only_for_models_that_read_them():
+    class Pairs(Letters):
+        def encode_with_types(self, text, pair=None):
+            ids = [ord(c) for c in text + pair]
+            return ids, [0] * len(text) + [1] * len(pair)
+
+    data = rows({"text": "ab", "pair": "c", "label": "x"})
+    for wanted, types in ((True, [0, 0, 1]), (False, None)):
+        (example,), _ = encode_rows(data, Pairs(), Encoding(max_length=9, labels=("x",), token_types=wanted))
+        assert example.types == types

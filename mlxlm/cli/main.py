@@ -9,6 +9,7 @@ import traceback
 import typer
 
 from mlxlm.cli.chat import chat
+from mlxlm.cli.classify import classify
 from mlxlm.cli.doctor import doctor
 from mlxlm.cli.embed import embed
 from mlxlm.cli.families import families
@@ -30,8 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (generate, chat, embed, fill_mask, plot, pretrain, families, fuse, doctor, plan):
-    app.command(verb.__name__.replace("_", "-"), no_args_is_help=verb in (fill_mask,))(verb)
+for verb in (generate, chat, embed, fill_mask, classify, plot, pretrain, families, fuse, doctor, plan):
+    app.command(verb.__name__.replace("_", "-"), no_args_is_help=verb in (fill_mask, classify))(verb)
 app.add_typer(tokenizer)
 
 

@@ -39,6 +39,7 @@ def pretrain(
     """
     from mlxlm.errors import UsageError
     from mlxlm.training import Console, MetricsFile, recipe
+    from mlxlm.training.yaml_files import parse_override
 
     if config is None and not (resume and output):
         raise UsageError("--config RECIPE.yaml is needed; a run that goes on needs --resume and --output RUN")
@@ -55,7 +56,7 @@ def pretrain(
         "training.seed": seed,
         "memory": memory,
     }
-    changes = [recipe.parse_override(text) for text in set_ or ()]
+    changes = [parse_override(text) for text in set_ or ()]
     changes += [(name, value) for name, value in flags.items() if value is not None]
     checked = recipe.check(recipe.override(values, changes)).fitted()
     trainer = checked.trainer([Console(), MetricsFile(checked.folder)], resume=resume)

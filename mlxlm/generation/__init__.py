@@ -3,10 +3,12 @@
 from mlxlm.generation.beam import Beams, Hypothesis, beam_search
 from mlxlm.generation.blanks import BLANKS, Filled, fill_blanks
 from mlxlm.generation.choice import Likelihood, likelihoods
+from mlxlm.generation.classification import Classified, classify, head_labels, label_logits, marked, tag
 from mlxlm.generation.conversation import Conversation
 from mlxlm.generation.decoding import Piece, generate, generate_batch, stream_generate
 from mlxlm.generation.embedding import POOLINGS, embed
 from mlxlm.generation.fill_mask import Candidate, fill_mask
+from mlxlm.generation.label_scores import ClassScores, LabelScores, entities, score_labels
 from mlxlm.generation.sampling import Sampling
 
 __all__ = [
@@ -14,18 +16,28 @@ __all__ = [
     "POOLINGS",
     "Beams",
     "Candidate",
+    "ClassScores",
+    "Classified",
     "Conversation",
     "Filled",
     "Hypothesis",
+    "LabelScores",
     "Likelihood",
     "Piece",
     "Sampling",
     "beam_search",
+    "classify",
     "embed",
+    "entities",
     "fill_blanks",
     "fill_mask",
     "generate",
     "generate_batch",
+    "head_labels",
+    "label_logits",
     "likelihoods",
+    "marked",
+    "score_labels",
     "stream_generate",
+    "tag",
 ]

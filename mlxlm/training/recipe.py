@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from mlxlm.training.reporters import Reporter
 from mlxlm.training.settings import TrainSettings
 from mlxlm.training.tasks import WordLoss
 from mlxlm.training.trainer import Trainer
+from mlxlm.training.yaml_files import read_yaml
 
 SECTIONS = ("model", "tokenizer", "data", "objective", "training", "output", "memory", "loss_chunk")
 MEMORY = ("check", "auto", "off")
@@ -55,23 +55,6 @@ _MAY_CHANGE = (
     "training.evaluate_every",
     "training.patience",
     "training.keep_last",
-)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-3 as a number, as YAML 1.2 does, and refuses a key that is there twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping whose keys are all different."""
-        names = [key.value for key, _ in node.value]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} is there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
 
@@ -207,29 +190,7 @@ class Recipe:
 
 def read(path: str | Path) -> dict[str, Any]:
     """The values of a recipe file, unchecked. Raises ConfigError when it is no YAML mapping."""
-    path = Path(path)
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise ConfigError(f"{path}: the recipe can't be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{where}: not YAML: {getattr(error, 'problem', None) or error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping with {', '.join(SECTIONS[:6])}")
-    return values
-
-
-def parse_override(text: str) -> tuple[str, Any]:
-    """("training.learning_rate", 0.001) from "training.learning_rate=1e-3"; values are YAML. Raises UsageError."""
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise UsageError(f"--set {text!r}; expected NAME=VALUE such as training.learning_rate=1e-3")
-    try:
-        return name.strip(), yaml.load(value, _Loader)
-    except yaml.YAMLError:
-        raise UsageError(f"--set {text!r}: the value is not YAML") from None
+    return read_yaml(path, f"a recipe is a mapping with {', '.join(SECTIONS[:6])}")
 
 
 def override(values: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import yaml
 from mlxlm.errors import ConfigError, UsageError
 from mlxlm.training import recipe
 from mlxlm.training.plan import MemoryPlanError
+from mlxlm.training.yaml_files import parse_override
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("pretrain_*/recipe.yaml"))
 
@@ -80,8 +81,8 @@ def test_a_wrong_value_is_refused(changes, text):
 
 
 def test_numbers_with_an_exponent_are_numbers_and_keys_stand_once(tmp_path):
-    assert recipe.parse_override("training.learning_rate=1e-3") == ("training.learning_rate", 1e-3)
-    assert recipe.parse_override("training.betas=[0.9, 95e-2]") == ("training.betas", [0.9, 0.95])
+    assert parse_override("training.learning_rate=1e-3") == ("training.learning_rate", 1e-3)
+    assert parse_override("training.betas=[0.9, 95e-2]") == ("training.betas", [0.9, 0.95])
     (tmp_path / "a.yaml").write_text("model: 1\nmodel: 2\n")
     with pytest.raises(ConfigError, match="there twice"):
         recipe.read(tmp_path / "a.yaml")
@@ -102,7 +103,7 @@ def test_overrides_leave_the_given_values_alone():
     with pytest.raises(UsageError, match="no parts to set"):
         recipe.override(before, [("output.folder", 3)])
     with pytest.raises(UsageError, match="NAME=VALUE"):
-        recipe.parse_override("training.steps")
+        parse_override("training.steps")
 
 
 def test_memory_is_checked_fitted_or_left_alone():

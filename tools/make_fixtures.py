@@ -264,6 +264,10 @@ CASES: dict[str, Case] = {
     "bloom-span": Case("BloomForQuestionAnswering", _BLOOM),
     "mpt-span": Case("MptForQuestionAnswering", _MPT),
     "t5-tokens": Case("T5ForTokenClassification", {**_T5, **_LABELS}),
+    "t5-sequence": Case("T5ForSequenceClassification", {**_T5, **_LABELS, "eos_token_id": 2}),
+    "t5-span": Case("T5ForQuestionAnswering", {**_T5, **_GATED}),
+    "mt5-sequence": Case("MT5ForSequenceClassification", {**_T5, **_GATED, **_LABELS, "eos_token_id": 2}),
+    "umt5-span": Case("UMT5ForQuestionAnswering", _T5),
     "qwen3-sequence": Case("Qwen3ForSequenceClassification", {**_LLAMA, **_LABELS}),
     "t5": Case("T5ForConditionalGeneration", _T5),
     "t5-gated": Case("T5ForConditionalGeneration", {**_T5, **_GATED, "tie_word_embeddings": False}, extras=_UNTIED),
@@ -305,13 +309,16 @@ def expected(model: torch.nn.Module, case: Case) -> dict[str, np.ndarray]:
     mask[1, PADDED:] = 0
     if case.model.endswith("ForSequenceClassification") and config.pad_token_id is not None:
         tokens[1, PADDED:] = config.pad_token_id  # decoders look for the last token that is none
+    two_stacks = hasattr(model, "get_decoder") and config.is_encoder_decoder
+    if two_stacks and case.model.endswith("ForSequenceClassification"):
+        tokens[0, -1] = tokens[1, PADDED - 1] = config.eos_token_id  # where the head looks
     inputs = {"input_ids": tokens, "attention_mask": mask}
     result = {"tokens": tokens.numpy().astype(np.int32), "lengths": np.array([case.length, PADDED], np.int32)}
     if getattr(config, "type_vocab_size", 0):
         types = torch.randint(0, config.type_vocab_size, tokens.shape, generator=generator)
         inputs["token_type_ids"] = types
         result["token_types"] = types.numpy().astype(np.int32)
-    if hasattr(model, "get_decoder") and config.is_encoder_decoder:
+    if two_stacks and not case.model.endswith(("ForSequenceClassification", "ForQuestionAnswering")):
         # Teacher forcing: the decoder reads other tokens, and no padding, since it looks back only.
         inputs["decoder_input_ids"] = torch.randint(3, config.vocab_size, (2, DECODED), generator=generator)
         inputs["decoder_input_ids"][:, 0] = config.decoder_start_token_id
@@ -329,7 +336,7 @@ def expected(model: torch.nn.Module, case: Case) -> dict[str, np.ndarray]:
     if hasattr(output, "start_logits"):
         result["logits"] = torch.stack([output.start_logits, output.end_logits], dim=-1).numpy()
     hidden = getattr(output, "last_hidden_state", None)
-    states = "decoder_hidden_states" if "decoder_tokens" in result else "hidden_states"
+    states = "decoder_hidden_states" if two_stacks else "hidden_states"
     result["hidden"] = (getattr(output, states)[-1] if hidden is None else hidden).numpy()
     if "decoder_tokens" in result:
         result["memory"] = output.encoder_last_hidden_state.numpy()

@@ -140,12 +140,14 @@ class Transformer(nn.Module):
     def hidden(self, tokens: mx.array, **keywords: Any) -> mx.array:
         """Last hidden states (B, L, dim) of the tokens, after the final norm; keywords are those of the class.
 
-        With encoder and decoder: `tokens` go to the encoder, `decoder_tokens` to the decoder; `memory` (B, S, dim),
-        from `encode`, saves encoding the same tokens again.  context: tokens of the whole prompt, when these are a
-        chunk of it; positions that depend on the length of the context are then those of the whole.
+        With encoder and decoder: `tokens` go to the encoder, `decoder_tokens` to the decoder (a head over labels can do
+        without); `memory` (B, S, dim), from `encode`, saves encoding the same tokens again.  context: tokens of the
+        whole prompt, when these are a chunk of it; positions that depend on the length of the context are then those of
+        the whole.
         """
         hidden = self._hidden(tokens, **keywords)
-        told = keywords.get("decoder_tokens") if self.config.has_memory else tokens
+        given = keywords.get("decoder_tokens")
+        told = tokens if given is None else given
         return hidden[:, hidden.shape[1] - told.shape[1] :]
 
     def _hidden(
@@ -169,8 +171,7 @@ class Transformer(nn.Module):
         if blocks is not None and not self.config.fills_blanks:
             raise UsageError("blocks are for models whose positions have two coordinates; those of this one have one")
         if self.config.has_memory:
-            if decoder_tokens is None:
-                raise UsageError("an encoder-decoder model needs decoder_tokens")
+            decoder_tokens = self._decoder_tokens(tokens, decoder_tokens)
             if positions is not None or prefix_lengths is not None:
                 raise UsageError("positions and prefix_lengths are for models with a single stack")
             if memory is None:
@@ -335,6 +336,20 @@ class Transformer(nn.Module):
         held, length = held + self.virtual_length, length + self.virtual_length
         scalings = (getattr(layer.attention.positions, "scaling", None) for layer in self.config.stack.layers)
         return all(scaling is None or scaling.agrees(held, length) for scaling in set(scalings))
+
+    def _decoder_tokens(self, tokens: mx.array, given: mx.array | None) -> mx.array:
+        """What the decoder behind an encoder reads: a head over labels has it read the encoder's tokens again, after
+        the token that it begins with (Lewis et al. 2019, arXiv:1910.13461, section 3).
+        """
+        of_labels = self.config.head is not None and not self.config.predicts_words
+        if given is None and not of_labels:
+            raise UsageError("an encoder-decoder model needs decoder_tokens")
+        if given is None:
+            start = mx.full((tokens.shape[0], 1), self.config.decoder_start, dtype=tokens.dtype)
+            return mx.concatenate([start, tokens[:, :-1]], axis=1)
+        if of_labels and given.shape != tokens.shape:
+            raise UsageError(f"decoder_tokens have shape {given.shape}; a head over labels needs {tokens.shape}")
+        return given
 
     def _check_single(
         self,

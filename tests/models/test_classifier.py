@@ -74,8 +74,6 @@ def test_mistakes_are_refused(fixture_model):
         with_classification_head(Transformer(model.config), "sequence", LABELS)
     with pytest.raises(UnsupportedModelError, match="Phi3ForQuestionAnswering"):
         with_classification_head(load_model(fixture_model("phi3")), "span")
-    with pytest.raises(UnsupportedModelError, match="T5ForSequenceClassification"):
-        with_classification_head(load_model(fixture_model("t5")), "sequence", LABELS)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "bloom"])
@@ -87,3 +85,27 @@ def test_a_decoder_takes_a_head_over_spans(name, fixture_model, tmp_path):
     assert mx.array_equal(spans.hidden(tokens), model.hidden(tokens))
     save(spans, None, tmp_path / "spans")
     assert mx.array_equal(load_model(tmp_path / "spans")(tokens), spans(tokens))
+
+
+@pytest.mark.parametrize("name", ["t5", "t5-gated", "mt5", "umt5"])
+@pytest.mark.parametrize("kind", ["sequence", "tokens", "span"])
+def test_an_encoder_decoder_takes_every_head(name, kind, fixture_model, tmp_path):
+    model = load_model(fixture_model(name))
+    classifier = with_classification_head(model, kind, () if kind == "span" else LABELS)
+    lengths = mx.array([4, 2])
+    logits = classifier(TOKENS, key_lengths=lengths)
+    assert logits.shape == {"sequence": (2, 3), "tokens": (2, 4, 3), "span": (2, 4, 2)}[kind]
+    assert mx.abs(classifier.encode(TOKENS) - model.encode(TOKENS)).max().item() < 1e-5
+    save(classifier, None, tmp_path / "saved")
+    assert mx.abs(load_model(tmp_path / "saved")(TOKENS, key_lengths=lengths) - logits).max().item() < 1e-5
+
+
+def test_a_decoder_under_a_head_over_labels_reads_the_encoders_tokens_again(fixture_model):
+    model = load_model(fixture_model("t5-sequence"))
+    shifted = mx.concatenate([mx.zeros((2, 1), mx.int32), TOKENS[:, :-1]], axis=1)
+    assert mx.array_equal(model(TOKENS), model(TOKENS, decoder_tokens=shifted))
+    assert model.hidden(TOKENS).shape == (*TOKENS.shape, model.config.dim)
+    with pytest.raises(UsageError, match=r"decoder_tokens have shape \(2, 1\); a head over labels needs \(2, 4\)"):
+        model(TOKENS, decoder_tokens=shifted[:, :1])
+    with pytest.raises(UsageError, match="needs decoder_tokens"):
+        load_model(fixture_model("t5"))(TOKENS)

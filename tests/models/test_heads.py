@@ -110,8 +110,8 @@ def test_labels_with_gaps_are_refused(fixture_model):
         ("modernbert", "ModernBertForMultipleChoice"),
         ("llama", "LlamaForDancing"),
         ("gpt2", "GPT2DoubleHeadsModel"),
-        ("t5", "T5ForSequenceClassification"),
-        ("umt5", "UMT5ForQuestionAnswering"),
+        ("t5", "T5ForMultipleChoice"),
+        ("umt5", "T5ForQuestionAnswering"),
         ("phi3", "Phi3ForQuestionAnswering"),
     ],
 )

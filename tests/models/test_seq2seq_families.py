@@ -50,6 +50,15 @@ def test_logits_are_scaled_where_embeddings_are_said_to_be_tied(name, fixture_mo
     assert np.abs(logits(directory, expected) * dim**-0.5 - expected["logits"]).max() < 1e-4
 
 
+@pytest.mark.parametrize("name", ["t5", "umt5"])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_the_newer_key_of_the_scale_comes_before_the_older(name, scaled):
+    values = {"model_type": name, "scale_decoder_outputs": scaled, "tie_word_embeddings": not scaled}
+    config = family(name).read_config(values)
+    assert config.head.scale == (512**-0.5 if scaled else 1.0)
+    assert family(name).unparse(config)["scale_decoder_outputs"] is scaled
+
+
 def test_what_is_stored_decides_whether_the_head_is_tied(fixture_model):
     assert load_model(rewrite(fixture_model("mt5"), tie_word_embeddings=True)).config.untied
     assert not load_model(rewrite(fixture_model("t5"), tie_word_embeddings=False)).config.untied

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mlxlm.models.config import TransformerConfig
-from mlxlm.models.families.t5 import parse_seq2seq, seq2seq_rules, unparse_seq2seq
+from mlxlm.models.encoder_decoders import parse_seq2seq, seq2seq_rules, unparse_seq2seq
 from mlxlm.models.family import Family
 from mlxlm.models.hub_config import HubConfig
 

@@ -8,9 +8,11 @@ from dataclasses import replace
 from typing import Literal
 
 import mlx.core as mx
+from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlm.errors import UnsupportedModelError, UsageError, WeightsError, listing, nearest
+from mlxlm.models.family import Layout
 from mlxlm.models.head_config import TASKS
 from mlxlm.models.heads import SequenceHeadSpec, SpanHeadSpec, TokenHeadSpec
 from mlxlm.models.source import Source
@@ -28,7 +30,9 @@ def with_classification_head(
     The body's arrays are the same ones. Of the head, what the checkpoint holds is kept (a pooler, say); the rest is
     drawn from MLX's global random state. The result is in evaluation mode and is saved under the family's own names.
 
-    model: as loaded from a checkpoint, not quantized.  kind: one label a sequence, one a token, or an answer's first
+    Quantized weights of the body stay so, the head is of floats.
+
+    model: as loaded from a checkpoint.  kind: one label a sequence, one a token, or an answer's first
     and last token.  labels: their names; none for "span".
 
     Raises UnsupportedModelError where the family has no such head, UsageError for arguments that don't fit.
@@ -41,8 +45,7 @@ def with_classification_head(
     if source is None:
         raise UsageError("this model was not loaded from a checkpoint, so nothing says which head fits it")
     parameters = dict(tree_flatten(model.parameters()))
-    if any(name.endswith(".scales") for name in parameters):
-        raise UsageError("this model is quantized; load it with quantized=False to give it another head")
+    quantized = {path: module for path, module in model.named_modules() if hasattr(module, "bits")}
     named = source.values.get("architectures") or source.family.unparse(model.config)["architectures"]
     family_name = re.sub(r"(LMHeadModel|Model|For[A-Z]\w*)\Z", "", str(named[0]))
     values = {**source.values, "architectures": [family_name + TASKS[_KINDS[kind]]]}
@@ -52,9 +55,17 @@ def with_classification_head(
     config = source.family.read_config(values)
     if not isinstance(config.head, _KINDS[kind]):
         raise UnsupportedModelError(f"models of family {source.family.name} have no head for kind {kind!r} here")
-    tensors = to_hub(source.family.rules(model.config, "hub"), parameters)
-    found = to_canonical(source.family.rules(config, "hub"), tensors).tensors
+    layout: Layout = "mlx" if quantized else "hub"
+    tensors = to_hub(source.family.rules(model.config, layout), parameters)
+    found = to_canonical(source.family.rules(config, layout), tensors).tensors
     result = Transformer(config)
+    forms = {
+        path: {"bits": module.bits, "group_size": module.group_size, "mode": module.mode}
+        for path, module in quantized.items()
+        if not path.startswith("head.")
+    }
+    if forms:
+        nn.quantize(result, class_predicate=lambda path, module: forms.get(path, False))
     expected = dict(tree_flatten(result.parameters()))
     kept = {name: array for name, array in found.items() if name in expected and expected[name].shape == array.shape}
     missing = [name for name in expected if name not in kept and not name.startswith("head.")]

@@ -18,6 +18,7 @@ from mlxlm.peft.methods import METHODS
 from mlxlm.peft.prefix import PrefixTuning, PTuningV2
 from mlxlm.peft.prompts import PromptTuning, PTuning
 from mlxlm.peft.selective import BitFit, Full, LastLayers
+from mlxlm.peft.task_heads import with_task_head
 
 __all__ = [
     "METHODS",
@@ -48,4 +49,5 @@ __all__ = [
     "merge",
     "save_adapter",
     "unload",
+    "with_task_head",
 ]

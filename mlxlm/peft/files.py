@@ -16,6 +16,7 @@ from mlxlm.peft.hub_format import read_peft, write_peft
 from mlxlm.peft.method import Content, Method
 from mlxlm.peft.mlx_format import read_mlx, write_mlx
 from mlxlm.peft.own_format import read_own, write_own
+from mlxlm.peft.task_heads import with_task_head, write_labels
 
 if TYPE_CHECKING:
     from mlxlm.models import Transformer
@@ -52,8 +53,7 @@ def load_adapter(
     """
     folder = Path(folder)
     config = folder / "adapter_config.json"
-    if not config.is_file():
-        raise ModelNotFoundError(f"{folder} holds no adapter: there is no adapter_config.json")
+    _check_folder(folder)
     values = read_json(config)
     stem, read, _ = LAYOUTS[_layout(values)]
     path = folder / f"{stem}.safetensors"
@@ -80,15 +80,24 @@ def load_with_adapter(
 ) -> tuple[Transformer, Tokenizer]:
     """A model in evaluation mode and its tokenizer, as `mlxlm.models.load` gives them.
 
-    adapter: a folder as `load_adapter` takes it; default none.  options: dtype, quantized, revision, offline of
+    adapter: a folder as `load_adapter` takes it; default none. One of a classifier gives the model its head and labels.
+    options: dtype, quantized, revision, offline of
     `mlxlm.models.load`.
     """
     from mlxlm.models import load
 
-    if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
-        raise ModelNotFoundError(f"{adapter} holds no adapter: there is no adapter_config.json")
+    if adapter is not None:
+        _check_folder(Path(adapter))
     model, tokenizer = load(path_or_hub_id, **options)
-    return (model if adapter is None else load_adapter(model, adapter)), tokenizer
+    return (model if adapter is None else load_adapter(with_task_head(model, adapter), adapter)), tokenizer
+
+
+def _check_folder(folder: Path) -> None:
+    if (folder / "adapter_config.json").is_file():
+        return
+    whole = (folder / "config.json").is_file()
+    hint = "; it holds a whole model, which needs no adapter: give it as the model" if whole else ""
+    raise ModelNotFoundError(f"{folder} holds no adapter: there is no adapter_config.json{hint}")
 
 
 def _layout(values: Mapping[str, Any]) -> str:
@@ -118,6 +127,7 @@ def save_adapter(
     tensors = {name: mx.contiguous(array) for name, array in tensors.items()}
     mx.eval(tensors)
     save_safetensors(folder, tensors, metadata={"format": "mlx" if layout == "mlx" else "pt"}, stem=stem)
+    write_labels(model, folder)
     write_json_atomic(folder / "adapter_config.json", values)
 
 

@@ -11,7 +11,9 @@ from collections.abc import Iterable
 
 
 class MlxlmError(ValueError):
-    """Base of all errors that a user's input can cause."""
+    """Base of all errors that a user's input can cause. exit_status: of the command line that meets one."""
+
+    exit_status = 2
 
 
 class ModelNotFoundError(MlxlmError):
@@ -52,6 +54,15 @@ class DataError(MlxlmError):
 
 class TrainingError(MlxlmError):
     """A training run can't go on: its gradients are no numbers, or its folder holds another run."""
+
+
+class DistributedError(MlxlmError):
+    """A process of a distributed run died, hangs or does not do what the others do; the text names its rank.
+
+    The command line ends with `exit_status`, so that whoever started the processes can start them again.
+    """
+
+    exit_status = 75  # EX_TEMPFAIL of sysexits.h: it may well succeed the next time
 
 
 class AttentionError(MlxlmError):

@@ -1,0 +1,10 @@
+"""The tests here share code with each other and with those of training."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+for folder in (Path(__file__).parent, Path(__file__).parents[1] / "training"):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))

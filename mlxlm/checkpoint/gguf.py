@@ -52,8 +52,9 @@ class _Malformed(Exception):
 def open_gguf(path: str | os.PathLike[str]) -> Checkpoint:
     """The checkpoint in a GGUF file; only the header is read.
 
-    Tensors of every known type are listed, also those that `load` refuses. It reads F32, F16, BF16, I8 to I64, and
-    Q4_0, Q4_1 and Q8_0 as MLX's weight, scales and biases in groups of 32. Shapes are row-major, GGUF's reversed.
+    `load` reads Q4_0, Q4_1 and Q8_0 as MLX's weight, scales and biases in groups of 32, plain types as they are (F64 as
+    float32), and every other block type (K-quants, IQ, TQ, MXFP4, ...) as float32 values. Shapes are row-major, GGUF's
+    reversed.
 
     Raises ModelNotFoundError when there is no such file; CheckpointError when it is truncated, malformed, big endian,
     of another version, or one part of a split model.

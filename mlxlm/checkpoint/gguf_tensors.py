@@ -8,11 +8,13 @@ MLX's affine form has value = scale * q + bias with q unsigned, and packs consec
 Why not mx.load, which reads these files too: it reads all tensors at once, makes float16 of BF16 (and of Q2_K, Q4_K and
 Q6_K), leaves out types it doesn't know (MXFP4, TQ1_0, ...) without a word, and ends the process on a float64 in the
 metadata (MLX 0.32.4). The packed arrays made here are the same, bit for bit.
+
+All other block types come as float32 values, computed by the `gguf` package, which llama.cpp's authors keep; Q8_1, Q8_K
+and Q1_0, which it leaves out, are computed here. It is imported when a file needs it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -22,7 +24,7 @@ import numpy as np
 
 from mlxlm.checkpoint.quantization import Quantization
 from mlxlm.checkpoint.tensors import TensorInfo
-from mlxlm.errors import CheckpointError, listing
+from mlxlm.errors import CheckpointError
 
 # Number in the file: (name, values in a block, bytes of a block).
 TYPES = {
@@ -69,13 +71,17 @@ PLAIN_TYPES = {
     "I16": "int16",
     "I32": "int32",
     "I64": "int64",
+    "F64": "float64",
 }
 QUANTIZED_TYPES = {"Q4_0": Quantization(4, 32), "Q4_1": Quantization(4, 32), "Q8_0": Quantization(8, 32)}
-_READABLE = frozenset(QUANTIZED_TYPES) | frozenset(PLAIN_TYPES.values())
 _BLOCK_BYTES = {name: nbytes for name, _, nbytes in TYPES.values()}
+# Values and bytes of a block, of the types that have blocks.
+_BLOCKS = {name: (values, nbytes) for name, values, nbytes in TYPES.values() if values > 1}
 
 # Blocks read and repacked at once: they stay in the second-level cache, and no second copy of a tensor is made.
 _BLOCKS_AT_ONCE = 8192
+# Values computed at once where a library makes large temporaries of each.
+_VALUES_AT_ONCE = 1 << 20
 
 
 class GgufReader:
@@ -87,17 +93,12 @@ class GgufReader:
         self.positions = positions
 
     def __call__(self, wanted: list[TensorInfo]) -> dict[str, mx.array]:
-        self._refuse_unreadable(wanted)
         arrays: dict[str, mx.array] = {}
         try:
             with open(self.path, "rb") as file:
                 for tensor in wanted:
                     file.seek(self.positions[tensor.name])
-                    new = (
-                        self._read_plain(file, tensor)
-                        if tensor.quantization is None
-                        else self._read_blocks(file, tensor)
-                    )
+                    new = self._read(file, tensor)
                     if clash := arrays.keys() & new.keys():
                         raise CheckpointError(f"{self.path}: the parts of {tensor.name!r} clash with {min(clash)!r}")
                     arrays |= new
@@ -105,21 +106,33 @@ class GgufReader:
             raise CheckpointError(f"{self.path} can't be read: {error.strerror or error}") from error
         return arrays
 
-    def _refuse_unreadable(self, wanted: list[TensorInfo]) -> None:
-        counts = Counter(tensor.dtype for tensor in wanted if tensor.dtype not in _READABLE)
-        if counts:
-            types = listing(f"{count} {kind}" for kind, count in counts.most_common())
-            raise CheckpointError(
-                f"{self.path}: {counts.total()} of {len(wanted)} tensors are of a type that is not read natively "
-                f"({types}); use an F32, F16, BF16, Q8_0, Q4_1 or Q4_0 file of this model, or make one with: "
-                f"llama-quantize --allow-requantize {self.path.name} OUTPUT.gguf Q8_0"
-            )
+    def _read(self, file: BinaryIO, tensor: TensorInfo) -> dict[str, mx.array]:
+        if tensor.quantization is not None:
+            return self._read_blocks(file, tensor)
+        if tensor.dtype in _BLOCKS:
+            return {tensor.name: self._read_values(file, tensor)}
+        return self._read_plain(file, tensor)
+
+    def _read_values(self, file: BinaryIO, tensor: TensorInfo) -> mx.array:
+        """The float32 values that blocks stand for, of any shape."""
+        values, nbytes = _BLOCKS[tensor.dtype]
+        count = tensor.nbytes // nbytes
+        result = np.empty((count, values), np.float32)
+        at_once = _VALUES_AT_ONCE // values
+        for start in range(0, count, at_once):
+            blocks = np.empty((min(at_once, count - start), nbytes), np.uint8)
+            self._fill(file, blocks)
+            result[start : start + len(blocks)] = values_of_blocks(tensor.dtype, blocks)
+        return mx.array(result.reshape(tensor.shape))
 
     def _read_plain(self, file: BinaryIO, tensor: TensorInfo) -> dict[str, mx.array]:
         # numpy has no bfloat16: its bits travel as uint16.
         dtype = np.dtype("uint16" if tensor.dtype == "bfloat16" else tensor.dtype).newbyteorder("<")
         values = np.empty(tensor.nbytes // dtype.itemsize, dtype)
         self._fill(file, values)
+        if tensor.dtype == "float64":
+            with np.errstate(over="ignore"):
+                values = values.astype(np.float32)
         array = mx.array(values.reshape(tensor.shape))
         return {tensor.name: array.view(mx.bfloat16) if tensor.dtype == "bfloat16" else array}
 
@@ -150,6 +163,40 @@ class GgufReader:
     def _fill(self, file: BinaryIO, buffer: np.ndarray) -> None:
         if buffer.nbytes and file.readinto(memoryview(buffer).cast("B")) != buffer.nbytes:
             raise CheckpointError(f"{self.path} became shorter while it was read")
+
+
+def values_of_blocks(kind: str, blocks: np.ndarray) -> np.ndarray:
+    """The float32 values (n, values of a block) of blocks (n, bytes of a block) uint8.  kind: such as "Q4_K"."""
+    with np.errstate(all="ignore"):  # a damaged scale gives NaN or infinity, as it does in every reader
+        if kind in _LEFT_OUT:
+            return _LEFT_OUT[kind](blocks)
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        return dequantize(blocks, GGMLQuantizationType[kind]).astype(np.float32, copy=False)
+
+
+def _values_of_q8_1(blocks: np.ndarray) -> np.ndarray:
+    """d and d * sum of the integers, both float16, then 32 integers."""
+    return blocks[:, 4:].view(np.int8) * blocks[:, :2].view("<f2").astype(np.float32)
+
+
+def _values_of_q8_k(blocks: np.ndarray) -> np.ndarray:
+    """d float32, 256 integers, then sums of 16 of them each."""
+    return blocks[:, 4:260].view(np.int8) * blocks[:, :4].view("<f4")
+
+
+def _values_of_q1_0(blocks: np.ndarray) -> np.ndarray:
+    """d float16, then 128 bits, the lowest of a byte first: d where one is set, else -d."""
+    d = blocks[:, :2].view("<f2").astype(np.float32)
+    return np.where(np.unpackbits(blocks[:, 2:], axis=1, bitorder="little"), d, -d)
+
+
+_LEFT_OUT: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "Q8_1": _values_of_q8_1,
+    "Q8_K": _values_of_q8_k,
+    "Q1_0": _values_of_q1_0,
+}
 
 
 def _repack_q4_0(blocks: np.ndarray, packed: np.ndarray, scales: np.ndarray, biases: np.ndarray) -> None:

@@ -18,12 +18,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlxlm.checkpoint.files import read_json
+from mlxlm.checkpoint.torch_files import torch_files
 from mlxlm.errors import MlxlmError, ModelNotFoundError, UsageError, listing
 
 ConfigCheck = Callable[[dict[str, Any]], None]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+# The same for PyTorch's files, which serve where there are no safetensors; see torch_files.py.
+_TORCH_SINGLE, _TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _NUMBERED = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _HUB_GGUF = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/(.+\.gguf)", re.ASCII)
@@ -46,8 +49,8 @@ def resolve_model(
 ) -> Path:
     """The local folder (or .gguf file) of a model, downloaded if need be.
 
-    path_or_hub_id: a folder with config.json and *.safetensors, a .gguf file, a hub id ("org/name"), or a GGUF file on
-    the hub ("org/name/file.gguf"). A path that exists wins over a hub id.
+    path_or_hub_id: a folder with config.json and *.safetensors or PyTorch's *.bin, a .gguf file, a hub id ("org/name"),
+    or a GGUF file on the hub ("org/name/file.gguf"). A path that exists wins over a hub id.
     revision: branch, tag or commit on the hub, default its main branch.
     offline: never use the network; default: as HF_HUB_OFFLINE says. What is complete in the local cache is used without
     asking the hub for news (`hf download org/name` fetches them).
@@ -98,7 +101,8 @@ def _local_model(path: Path, check_config: ConfigCheck | None) -> Path:
         raise ModelNotFoundError(f"{path} has no config.json{hint}")
     if check_config is not None:
         check_config(read_json(path / "config.json"))
-    if not any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
+    safetensors = any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names)
+    if not safetensors and (ggufs or not torch_files(names)):
         raise ModelNotFoundError(f"{path} has no *.safetensors{_weights_hint(names)}")
     return path
 
@@ -109,7 +113,7 @@ def _weights_hint(names: Iterable[str]) -> str:
     if ggufs := [name for name in names if name.lower().endswith(".gguf")]:
         return f"; it has GGUF files, give one of them: {listing(ggufs, 5)}"
     if foreign := [name for name in names if PurePosixPath(name).suffix.lower() in _FOREIGN_WEIGHTS]:
-        return f", only {listing(foreign, 3)}, which must be converted to safetensors first"
+        return f", only {listing(foreign, 3)}, which mlxlm doesn't read"
     return ": it holds no weights"
 
 
@@ -171,13 +175,14 @@ def _download(repository: str, revision: str | None, check_config: ConfigCheck |
     config = Path(huggingface_hub.hf_hub_download(repository, "config.json", revision=revision))
     if check_config is not None:
         check_config(read_json(config))
-    if not any(name.endswith(".safetensors") for name in names):
+    if not any(name.endswith(".safetensors") or name in (_TORCH_SINGLE, _TORCH_INDEX) for name in names):
         raise ModelNotFoundError(
             f"{_naming(repository, revision)} on the hub has no *.safetensors{_weights_hint(names)}"
         )
     commit = config.parent.name  # the rest comes from the same commit, even if the branch moves on meanwhile
     small = [name for name in names if _matches(name, _SMALL_FILES) and not _matches(name, _NOT_OURS)]
     small += [name for name in files if _MODULE.fullmatch(name)]
+    small += [name for name in names if name == _TORCH_INDEX and not any(map(_is_safetensors, names))]
     folder = _snapshot(repository, commit, small)
     return _snapshot(repository, commit, _weight_files(names, folder))
 
@@ -199,13 +204,24 @@ def _snapshot(repository: str, commit: str, names: list[str]) -> Path:
 
 def _weight_files(names: list[str], folder: Path) -> list[str]:
     """The weights of a repository, each once: many carry the same in several layouts."""
-    if _SINGLE in names:
-        return [_SINGLE]
-    if _INDEX in names:
-        weight_map = read_json(folder / _INDEX).get("weight_map")
-        shards = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
-        return sorted(shards & set(names))
-    return sorted(name for name in names if name.endswith(".safetensors"))
+    for single, index in ((_SINGLE, _INDEX), (_TORCH_SINGLE, _TORCH_INDEX)):
+        if single in names:
+            return [single]
+        if index in names:
+            return sorted(_shards(folder / index) & set(names))
+        if any(map(_is_safetensors, names)):
+            return sorted(filter(_is_safetensors, names))
+    return []
+
+
+def _is_safetensors(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+def _shards(index: Path) -> set[str]:
+    """File names in an index; what is wrong with it is said when it is opened."""
+    weight_map = read_json(index).get("weight_map")
+    return {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
 
 
 def _hub_file(repository: str, name: str, *, revision: str | None, offline: bool, progress: bool) -> Path:
@@ -250,12 +266,12 @@ def _cached_snapshot(repository: str, revision: str | None) -> Path | None:
 def _lacking(folder: Path) -> list[str]:
     """What a snapshot needs and doesn't have: an interrupted download leaves some."""
     lacking = [] if (folder / "config.json").is_file() else ["config.json"]
-    if (folder / _SINGLE).is_file():
-        return lacking
-    if (folder / _INDEX).is_file():
-        weight_map = read_json(folder / _INDEX).get("weight_map")
-        shards = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
-        return lacking + sorted(shard for shard in shards if not os.path.isfile(folder / shard))
+    for single, index in ((_SINGLE, _INDEX), (_TORCH_SINGLE, _TORCH_INDEX)):
+        if (folder / single).is_file():
+            return lacking
+        if (folder / index).is_file():
+            shards = _shards(folder / index)
+            return lacking + sorted(shard for shard in shards if not os.path.isfile(folder / shard))
     names = [file.name for file in folder.glob("*.safetensors") if file.is_file()]
     numbered = [_NUMBERED.fullmatch(name) for name in names]
     if not names or any(numbered):  # numbered shards come with an index; without it nobody knows whether all are there

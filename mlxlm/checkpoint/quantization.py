@@ -23,6 +23,8 @@ _MODES = {
     "nvfp4": ((16,), (4,)),
 }
 _PARAMETERS = ("group_size", "bits", "mode")
+# Methods of other toolkits that packed.py reads.
+PACKINGS = ("gptq", "awq", "fp8", "fbgemm_fp8", "compressed-tensors")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ class QuantizationConfig:
         """
         own, copy = config.get("quantization"), config.get("quantization_config")
         foreign = isinstance(copy, Mapping) and "quant_method" in copy
+        if own is None and foreign and copy["quant_method"] in PACKINGS:
+            return None  # see `unpacked`
         if own is None and foreign:
             raise _foreign_method(str(copy["quant_method"]))
         parsed = [cls._parse_entry(key, entry) for key, entry in _mlx_entries(own, None if foreign else copy)]
@@ -131,8 +135,8 @@ def _parse_parameters(where: str, given: Mapping[str, Any]) -> Quantization:
 
 def _foreign_method(method: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"the weights are quantized with {method!r}, which mlxlm doesn't read; use the original float16 or bfloat16 "
-        "model, or one quantized for MLX (config.json then has a 'quantization' entry)"
+        f"the weights are quantized with {method!r}, which mlxlm doesn't read, only {', '.join(PACKINGS)}; use the "
+        "original float16 or bfloat16 model, or one quantized for MLX (config.json then has a 'quantization' entry)"
     )
 
 

@@ -10,13 +10,15 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from mlxlm.checkpoint.files import read_json
+from mlxlm.checkpoint.shards import compare_with_index, inside, read_weight_map
+from mlxlm.checkpoint.small_floats import NAMES, decode
 from mlxlm.checkpoint.tensors import Checkpoint, TensorInfo
 from mlxlm.errors import CheckpointError, ModelNotFoundError, listing, nearest
 
@@ -45,8 +47,10 @@ _DTYPES = {
     "F8_E4M3FNUZ": ("float8_e4m3fnuz", 8),
     "F8_E5M2FNUZ": ("float8_e5m2fnuz", 8),
 }
-# mx.load refuses these, or (E4M3, E8M0) hands out their raw bytes as uint8, which would pass for integers.
-_UNREADABLE = frozenset(name for name, _ in _DTYPES.values() if name == "float64" or re.match(r"float[468]_", name))
+# mx.load refuses these, or (E4M3, E8M0) hands out their raw bytes as uint8, which would pass for integers. Those of 4
+# and 6 bits are packed in ways that their files don't say; the others are read here, as float32.
+_UNREADABLE = frozenset(name for name, bits in _DTYPES.values() if bits < 8)
+_DECODED = frozenset({*NAMES, "float64"})
 
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_DIMENSION = 2**31 - 1  # MLX counts a dimension in 32 bits
@@ -85,21 +89,42 @@ def open_safetensors(path: str | os.PathLike[str]) -> Checkpoint:
             tensors[tensor.name] = tensor
         metadata = {**file_metadata, **metadata}
     if weight_map is not None and index is not None:
-        _compare_with_index(index, weight_map, tensors)
-    return Checkpoint(tensors, metadata, _load)
+        compare_with_index(index, weight_map, tensors)
+    strange = _DECODED | _UNREADABLE
+    foreign = {tensor.file for tensor in tensors.values() if tensor.dtype in strange}
+    return Checkpoint(tensors, metadata, lambda wanted: _load(wanted, foreign))
 
 
-def _load(wanted: list[TensorInfo]) -> dict[str, mx.array]:
+def _load(wanted: list[TensorInfo], foreign: set[Path]) -> dict[str, mx.array]:
+    """foreign: files with a tensor of a type that MLX has not; it would refuse all of such a file."""
     arrays: dict[str, mx.array] = {}
     _refuse_unreadable(wanted)
     for file in dict.fromkeys(tensor.file for tensor in wanted):
+        here = [tensor for tensor in wanted if tensor.file == file]
         try:
+            if file in foreign:
+                arrays.update((tensor.name, _read_values(tensor)) for tensor in here)
+                continue
             # The format is named because MLX would otherwise guess it from the extension.
             content = mx.load(str(file), format="safetensors")
-            arrays.update((tensor.name, content[tensor.name]) for tensor in wanted if tensor.file == file)
-        except (RuntimeError, ValueError, KeyError) as error:
+            arrays.update((tensor.name, content[tensor.name]) for tensor in here)
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{file} can't be read: {error}") from error
     return {tensor.name: arrays[tensor.name] for tensor in wanted}
+
+
+def _read_values(tensor: TensorInfo) -> mx.array:
+    """A tensor read at once; float64, rounded, and floats of 8 bits, exactly, as float32."""
+    kind = {"bfloat16": "u2", **dict.fromkeys(NAMES, "u1")}.get(tensor.dtype, tensor.dtype)
+    dtype = np.dtype(kind).newbyteorder("<")
+    data = np.fromfile(tensor.file, dtype, tensor.nbytes // dtype.itemsize, offset=tensor.position)
+    data = data.reshape(tensor.shape)
+    if tensor.dtype in NAMES:
+        return mx.array(decode(tensor.dtype, data))
+    if tensor.dtype == "float64":
+        with np.errstate(over="ignore"):
+            return mx.array(data.astype(np.float32))
+    return mx.array(data).view(mx.bfloat16) if tensor.dtype == "bfloat16" else mx.array(data)
 
 
 def _refuse_unreadable(wanted: list[TensorInfo]) -> None:
@@ -143,7 +168,8 @@ def _read_header(file: Path) -> tuple[list[TensorInfo], dict[str, str]]:
             raise ValueError("it doesn't start with '{'")
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
         metadata = _checked_metadata(header.pop("__metadata__", {}))
-        tensors = [_checked_tensor(file, name, entry) for name, entry in header.items()]
+        entries = [_checked_tensor(file, name, entry) for name, entry in header.items()]
+        tensors = [(replace(info, position=8 + length + begin), begin) for info, begin in entries]
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} has a malformed header: {error}") from error
     return _checked_layout(file, tensors, size - 8 - length), metadata
@@ -214,32 +240,23 @@ def _files_of(directory: Path) -> tuple[list[Path], dict[str, str] | None, Path 
     """The weight files of a directory, and the index they come from if they come from one."""
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if single.is_file():
-        return [_inside(directory, single.name)], None, None
+        return [inside(directory, single.name)], None, None
     if not index.is_file():
         others = sorted(directory.glob("*.safetensors.index.json"))
         index = others[0] if len(others) == 1 else index
     if index.is_file():
-        weight_map = _read_weight_map(index)
+        weight_map = read_weight_map(index)
         names = sorted(set(weight_map.values()))
-        files = [_inside(directory, name) for name in names]
+        files = [inside(directory, name) for name in names]
         missing = [name for name, file in zip(names, files, strict=True) if not os.path.isfile(file)]
         if missing:
             raise CheckpointError(f"{directory} lacks {len(missing)} of {len(names)} shards: {listing(missing)}")
         return files, weight_map, index
-    files = [_inside(directory, file.name) for file in sorted(directory.glob("*.safetensors"))]
+    files = [inside(directory, file.name) for file in sorted(directory.glob("*.safetensors"))]
     if not files:
         raise ModelNotFoundError(f"{directory} holds no *.safetensors")
     _check_unindexed(directory, [file.name for file in files])
     return files, None, None
-
-
-def _read_weight_map(index: Path) -> dict[str, str]:
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
-        raise CheckpointError(f'{index} has no "weight_map" of tensor names to file names')
-    if not weight_map:
-        raise CheckpointError(f'{index} has an empty "weight_map"')
-    return weight_map
 
 
 def _check_unindexed(directory: Path, names: list[str]) -> None:
@@ -255,43 +272,3 @@ def _check_unindexed(directory: Path, names: list[str]) -> None:
     ]
     if missing:
         raise CheckpointError(f"{directory} has no index and lacks {len(missing)} shards: {listing(missing)}")
-
-
-def _inside(directory: Path, name: str) -> Path:
-    """directory/name, refused when it lies elsewhere."""
-    root, file = directory.resolve(), directory / name
-    try:
-        target = file.resolve()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{directory}: weight file {name!r} can't be found: {error}") from error
-    allowed = [root, *_hub_blobs(root)]
-    if Path(name).is_absolute() or ".." in Path(name).parts or not any(map(target.is_relative_to, allowed)):
-        raise CheckpointError(f"{directory}: weight file {name!r} lies outside the directory (at {target})")
-    return file
-
-
-def _hub_blobs(root: Path) -> Iterator[Path]:
-    """Where the links of a Hugging Face cache folder lead, if `root` is models--<org>--<name>/snapshots/<revision>."""
-    repository = root.parent.parent
-    if root.parent.name == "snapshots" and "--" in repository.name:
-        yield repository / "blobs"
-        yield repository.parent / "blobs"  # shared by the repositories of a cache
-
-
-def _compare_with_index(index: Path, weight_map: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
-    absent = sorted(weight_map.keys() - tensors.keys())
-    unlisted = sorted(tensors.keys() - weight_map.keys())
-    moved = sorted(name for name in weight_map.keys() & tensors.keys() if _elsewhere(weight_map, tensors, name))
-    parts: Iterable[tuple[str, list[str]]] = (
-        ("listed but in no shard", absent),
-        ("in a shard but not listed", unlisted),
-        ("in another shard than listed", moved),
-    )
-    problems = [f"{len(names)} {what}: {', '.join(names)}" for what, names in parts if names]
-    if problems:
-        raise CheckpointError(f"{index} and its shards disagree: {'; '.join(problems)}")
-
-
-def _elsewhere(weight_map: dict[str, str], tensors: dict[str, TensorInfo], name: str) -> bool:
-    file = tensors[name].file
-    return not file.match(weight_map[name])

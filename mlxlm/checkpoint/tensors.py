@@ -20,7 +20,7 @@ class TensorInfo:
     shape: row-major, outermost dimension first, of the values it stands for.  dtype: "float32", "bfloat16",
     "uint32", ...; for a block type of GGUF its name there ("Q4_1").  nbytes: on disk.  quantization: set when the one
     tensor on disk becomes the three arrays weight, scales and biases; None for plain arrays, also for the three parts
-    of a quantized weight in safetensors.
+    of a quantized weight in safetensors.  position: of its first byte in the file, 0 where that means nothing.
     """
 
     name: str
@@ -29,6 +29,7 @@ class TensorInfo:
     file: Path
     nbytes: int
     quantization: Quantization | None = None
+    position: int = 0
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,9 @@ class Checkpoint:
         """Arrays of the named tensors, default all, in that order.
 
         Arrays from safetensors are lazy: they take memory when they are first evaluated, and keep it while they are
-        referenced. A tensor with `quantization` set (GGUF) comes as MLX's three arrays: X.weight (uint32, rows of
-        bits/32 words a value), X.scales and X.biases (float16, one of each a group).
+        referenced. What MLX has no type for (float64, floats of 8 bits, blocks of GGUF other than those below) is read
+        at once and comes as float32. A tensor with `quantization` set (GGUF, GPTQ, AWQ) comes as MLX's three arrays:
+        X.weight (uint32, rows of bits/32 words a value), X.scales and X.biases (floats, one of each a group).
 
         Raises CheckpointError for a name that isn't there and for tensors of a type that can't be read; the latter
         before anything is read.

@@ -20,11 +20,12 @@ from mlxlm.checkpoint import (
     Quantization,
     QuantizationConfig,
     dequantize,
+    open_checkpoint,
     open_gguf,
-    open_safetensors,
     quantized_modules,
     read_json,
     resolve_model,
+    unpacked,
 )
 from mlxlm.errors import UsageError, nearest
 from mlxlm.kernels.attention import selfcheck
@@ -85,15 +86,16 @@ def load_model(path: str | Path, *, dtype: str | mx.Dtype | None = None, quantiz
         return _model_from_gguf(open_gguf(path), path, dtype, quantized)
     values = read_json(path / "config.json")
     family = family_of(values)
-    checkpoint = open_safetensors(path)
+    checkpoint = unpacked(open_checkpoint(path), values)
     layout: Layout = "mlx" if checkpoint.metadata.get("format") == "mlx" else "hub"
     config = family.read_config(values, frozenset(checkpoint.tensors))
+    compute = _compute_dtype(dtype, values, checkpoint)
     model = _assemble(
         config,
         family.rules(config, layout),
-        checkpoint.load(),
+        _load(checkpoint, compute),
         quantized_modules(checkpoint, QuantizationConfig.parse(values)),
-        dtype=_compute_dtype(dtype, values, checkpoint),
+        dtype=compute,
         quantized=quantized,
     )
     model.source = Source(family=family, path=path, values=values, config=config)
@@ -111,17 +113,34 @@ def _model_from_gguf(
 
     values = family.gguf.config(checkpoint.metadata, GgufTensors(frozenset(checkpoint.tensors), read))
     config = family.read_config(values)
+    compute = _compute_dtype(dtype, values, checkpoint)
     model = _assemble(
         config,
         family.gguf.rules(config),
-        checkpoint.load(),
+        _load(checkpoint, compute),
         quantized_modules(checkpoint, None),
-        dtype=_compute_dtype(dtype, values, checkpoint),
+        dtype=compute,
         quantized=quantized,
     )
     values = {**values, **_gguf_token_ids(checkpoint.metadata)}
     model.source = Source(family=family, path=path, values=values, config=config)
     return model
+
+
+def _load(checkpoint: Checkpoint, dtype: mx.Dtype) -> dict[str, mx.array]:
+    """All tensors. Types that come as float32 because MLX has none for them are rounded one by one, so that a large
+    model of such never stands in memory at 4 bytes a value.
+    """
+    native = {"float32", "float16", "bfloat16"}
+    plain = [name for name, info in checkpoint.tensors.items() if info.dtype in native or info.quantization is not None]
+    tensors = checkpoint.load(plain)
+    for name in checkpoint.tensors.keys() - set(plain):
+        array = checkpoint.load([name])[name]
+        if array.dtype == mx.float32:
+            array = array.astype(dtype)
+            mx.eval(array)
+        tensors[name] = array
+    return tensors
 
 
 def _gguf_token_ids(metadata: Mapping[str, Any]) -> dict[str, int]:

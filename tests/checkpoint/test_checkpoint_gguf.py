@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlxlm.checkpoint import Quantization, dequantize, open_gguf
-from mlxlm.checkpoint.gguf_tensors import TYPES
+from mlxlm.checkpoint.gguf_tensors import TYPES, values_of_blocks
 from mlxlm.errors import CheckpointError, ModelNotFoundError
 
 GOLDEN = Path(__file__).with_name("golden.gguf")
@@ -39,7 +39,7 @@ def tensor(name: str, shape: tuple[int, ...], kind: int, offset: int) -> bytes:
     return text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
 
 
-def gguf(
+def made(
     keys: list[bytes] = (),
     tensors: list[bytes] = (),
     data: bytes = b"",
@@ -52,7 +52,9 @@ def gguf(
     return head + bytes(-len(head) % alignment) + data
 
 
-F32, F16, Q4_0, Q4_1, Q8_0, Q4_K, Q6_K = 0, 1, 2, 3, 8, 12, 14
+F32, F16, Q4_0, Q4_1, Q8_0 = 0, 1, 2, 3, 8
+# Of each type with blocks: the values in one, and its number.
+BLOCK_TYPES = {name: (values, number) for number, (name, values, _) in TYPES.items() if values > 1}
 UINT32, STRING, ARRAY = 4, 8, 9
 FLOATS = struct.pack("<8f", *range(8))
 
@@ -67,7 +69,7 @@ def write(tmp_path):
     return write
 
 
-def values_of_blocks(kind: str, data: bytes) -> np.ndarray:
+def values_by_block(kind: str, data: bytes) -> np.ndarray:
     """What blocks stand for, one value at a time, straight from the format's description."""
     values = []
     size = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}[kind]
@@ -149,7 +151,7 @@ def test_the_packed_arrays_are_those_of_mlxs_own_reader(write):
         blocks = random_blocks(kind, 14, seed=5)
         data += blocks + bytes(-len(blocks) % 32)
     tensors.append(tensor("norm", (8,), F32, len(data)))
-    path = write(gguf([key("general.architecture", STRING, text("x"))], tensors, data + FLOATS))
+    path = write(made([key("general.architecture", STRING, text("x"))], tensors, data + FLOATS))
     ours, theirs = open_gguf(path).load(), mx.load(str(path))
     assert ours.keys() == theirs.keys()
     for name, array in ours.items():
@@ -162,14 +164,14 @@ def test_the_packed_arrays_are_those_of_mlxs_own_reader(write):
 def test_every_block_is_repacked(write, kind, rows):
     number = {entry[0]: n for n, entry in TYPES.items()}[kind]
     data = random_blocks(kind, 31 * rows, seed=rows)
-    path = write(gguf([], [tensor("w.weight", (rows, 31 * 32), number, 0)], data))
+    path = write(made([], [tensor("w.weight", (rows, 31 * 32), number, 0)], data))
     arrays = open_gguf(path).load()
     bits = 8 if kind == "Q8_0" else 4
     assert arrays["w.weight"].shape == (rows, 31 * bits)
     assert arrays["w.scales"].shape == arrays["w.biases"].shape == (rows, 31)
     assert arrays["w.scales"].dtype == arrays["w.biases"].dtype == mx.float16
     values = dequantize(*weights(arrays, "w"), Quantization(bits, 32), mx.float32)
-    expected = values_of_blocks(kind, data).reshape(rows, 31 * 32)
+    expected = values_by_block(kind, data).reshape(rows, 31 * 32)
     assert np.array_equal(np.array(values), expected)
     slowly = mx.dequantize(
         *(a if a.dtype == mx.uint32 else a.astype(mx.float32) for a in weights(arrays, "w")), 32, bits
@@ -191,7 +193,7 @@ def test_plain_tensors_keep_their_type_and_value():
 
 def test_shapes_are_row_major(write):
     data = np.arange(24, dtype=np.float32)
-    path = write(gguf([], [tensor("x", (2, 3, 4), F32, 0)], data.tobytes()))
+    path = write(made([], [tensor("x", (2, 3, 4), F32, 0)], data.tobytes()))
     info = open_gguf(path).tensors["x"]
     assert (info.shape, info.dtype, info.nbytes, info.file) == ((2, 3, 4), "float32", 96, path)
     assert np.array_equal(np.array(open_gguf(path).load()["x"]), data.reshape(2, 3, 4))
@@ -201,7 +203,7 @@ def test_scalars_empty_tensors_version_2_and_alignment(write):
     keys = [key("general.alignment", UINT32, struct.pack("<I", 64))]
     tensors = [tensor("s", (), F32, 0), tensor("e", (0, 32), Q4_0, 64), tensor("f", (3,), F16, 64)]
     data = struct.pack("<f", 2.5) + bytes(60) + struct.pack("<3e", 1, 2, 3)
-    arrays = open_gguf(write(gguf(keys, tensors, data, version=2, alignment=64))).load()
+    arrays = open_gguf(write(made(keys, tensors, data, version=2, alignment=64))).load()
     assert arrays["s"].shape == ()
     assert arrays["s"].item() == 2.5
     assert arrays["e.weight"].shape == (0, 4)
@@ -211,13 +213,13 @@ def test_scalars_empty_tensors_version_2_and_alignment(write):
 
 def test_nested_arrays_become_lists(write):
     inner = array(STRING, 2, text("a") + text("b")) + array(STRING, 0, b"") + array(UINT32, 1, struct.pack("<I", 7))
-    path = write(gguf([key("nested", ARRAY, array(ARRAY, 3, inner))]))
+    path = write(made([key("nested", ARRAY, array(ARRAY, 3, inner))]))
     first, second, third = open_gguf(path).metadata["nested"]
     assert (first, second, third.tolist()) == (["a", "b"], [], [7])
 
 
 def test_a_file_without_tensors_gives_its_metadata(write):
-    checkpoint = open_gguf(write(gguf([key("tokenizer.ggml.model", STRING, text("gpt2"))])))
+    checkpoint = open_gguf(write(made([key("tokenizer.ggml.model", STRING, text("gpt2"))])))
     assert checkpoint.metadata == {"tokenizer.ggml.model": "gpt2"}
     assert checkpoint.load() == {}
 
@@ -225,25 +227,59 @@ def test_a_file_without_tensors_gives_its_metadata(write):
 # ---------------------------------------------------------------------------------------------------- what is refused
 
 
-def test_other_types_are_listed_by_open_and_refused_by_load(write):
-    sizes = {Q4_K: 144, Q6_K: 210}
-    names = [("a", Q4_K), ("b", Q4_K), ("c", Q6_K)]
-    data, tensors = b"", []
-    for name, kind in names:
-        tensors.append(tensor(f"{name}.weight", (1, 256), kind, len(data)))
-        data += bytes(sizes[kind] + -sizes[kind] % 32)
-    tensors.append(tensor("norm", (8,), F32, len(data)))
-    path = write(gguf([], tensors, data + bytes(32)))
+@pytest.mark.parametrize("kind", sorted(kind for kind in BLOCK_TYPES if kind not in ("Q4_0", "Q4_1", "Q8_0")))
+def test_every_block_type_has_the_values_of_the_gguf_package(write, kind):
+    import gguf
+
+    values, number = BLOCK_TYPES[kind]
+    blocks = np.random.default_rng(number).integers(0, 256, (2, 3, TYPES[number][2]), dtype=np.uint8)
+    path = write(made([], [tensor("w.weight", (2, 3 * values), number, 0)], blocks.tobytes()))
     checkpoint = open_gguf(path)
-    assert [info.dtype for info in checkpoint.tensors.values()] == ["Q4_K", "Q4_K", "Q6_K", "float32"]
-    assert checkpoint.tensors["c.weight"].nbytes == 210
-    with pytest.raises(CheckpointError, match=r"3 of 4 tensors.*\(2 Q4_K, 1 Q6_K\); use an F32.*llama-quantize"):
-        checkpoint.load()
-    assert checkpoint.load(["norm"])["norm"].tolist() == [0] * 8
+    found = np.array(checkpoint.load()["w.weight"])
+    assert (checkpoint.tensors["w.weight"].dtype, found.dtype, found.shape) == (kind, np.float32, (2, 3 * values))
+    with np.errstate(all="ignore"):
+        if kind in ("Q8_1", "Q8_K", "Q1_0"):  # not in the package
+            np.testing.assert_array_equal(found, values_by_hand(kind, blocks.reshape(6, -1)).reshape(found.shape))
+            return
+        expected = gguf.dequantize(blocks.reshape(2, -1), gguf.GGMLQuantizationType[kind])
+    assert np.array_equal(found.view(np.uint32), expected.astype(np.float32).view(np.uint32))
+
+
+def values_by_hand(kind: str, blocks: np.ndarray) -> np.ndarray:
+    rows = []
+    for block in map(bytes, blocks):
+        if kind == "Q8_K":
+            scale, integers = np.float32(struct.unpack_from("<f", block)[0]), struct.unpack_from("<256b", block, 4)
+        elif kind == "Q8_1":
+            scale, integers = np.float32(struct.unpack_from("<e", block)[0]), struct.unpack_from("<32b", block, 4)
+        else:
+            scale = np.float32(struct.unpack_from("<e", block)[0])
+            integers = [1 if block[2 + i // 8] >> i % 8 & 1 else -1 for i in range(128)]
+        rows.append([scale * np.float32(q) for q in integers])
+    return np.array(rows, np.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(BLOCK_TYPES))
+def test_many_random_blocks_have_the_values_of_the_gguf_package(kind):
+    import gguf
+
+    if kind in ("Q8_1", "Q8_K", "Q1_0"):
+        pytest.skip("not in the gguf package")
+    number = BLOCK_TYPES[kind][1]
+    blocks = np.random.default_rng(number).integers(0, 256, (20000, TYPES[number][2]), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        expected = gguf.dequantize(blocks, gguf.GGMLQuantizationType[kind]).astype(np.float32)
+    assert np.array_equal(values_of_blocks(kind, blocks).view(np.uint32), expected.view(np.uint32))
+
+
+def test_float64_comes_as_float32(write):
+    path = write(made([], [tensor("x", (2,), 28, 0)], struct.pack("<2d", 0.1, -3)))
+    assert open_gguf(path).load()["x"].tolist() == [float(np.float32(0.1)), -3]
 
 
 ONE_STRING = [key("k", STRING, text("v"))]
-GOOD = gguf(ONE_STRING, [tensor("x", (8,), F32, 0)], FLOATS)
+GOOD = made(ONE_STRING, [tensor("x", (8,), F32, 0)], FLOATS)
 HUGE = struct.pack("<Q", 2**63)
 
 BAD = {
@@ -252,47 +288,53 @@ BAD = {
     "git lfs pointer": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
     "only the magic": (b"GGUF\3\0\0\0", "truncated after 8 bytes"),
     "big endian": (b"GGUF\0\0\0\3" + bytes(16), "big endian"),
-    "version 1": (gguf(version=1), "version 1"),
-    "version 77": (gguf(version=77), "version 77"),
-    "too many keys": (gguf(counts=(0, 2**62)), r"no room for \d+ keys"),
-    "too many tensors": (gguf(counts=(2**62, 0)), r"no room for \d+ tensors"),
-    "long key": (gguf([HUGE + bytes(32)]), "bytes more than there are"),
-    "long string": (gguf([text("k") + struct.pack("<I", STRING) + HUGE + bytes(32)]), "bytes more than there are"),
-    "long array": (gguf([key("k", ARRAY, array(UINT32, 2**62, bytes(64)))]), "bytes more than there are"),
-    "many strings": (gguf([key("k", ARRAY, array(STRING, 2**62, bytes(64)))]), "no room for"),
+    "version 1": (made(version=1), "version 1"),
+    "version 77": (made(version=77), "version 77"),
+    "too many keys": (made(counts=(0, 2**62)), r"no room for \d+ keys"),
+    "too many tensors": (made(counts=(2**62, 0)), r"no room for \d+ tensors"),
+    "long key": (made([HUGE + bytes(32)]), "bytes more than there are"),
+    "long string": (
+        made([text("k") + struct.pack("<I", STRING) + HUGE + bytes(32)]),
+        "bytes more than there are",
+    ),
+    "long array": (made([key("k", ARRAY, array(UINT32, 2**62, bytes(64)))]), "bytes more than there are"),
+    "many strings": (made([key("k", ARRAY, array(STRING, 2**62, bytes(64)))]), "no room for"),
     "long string in an array": (
-        gguf([key("k", ARRAY, array(STRING, 3, text("a") + HUGE + text("c")))]),
+        made([key("k", ARRAY, array(STRING, 3, text("a") + HUGE + text("c")))]),
         "string 1 of 3",
     ),
     "strings beyond the end": (
-        gguf([key("k", ARRAY, array(STRING, 4, text("abcdefgh") * 4))], alignment=1)[:-9],
+        made([key("k", ARRAY, array(STRING, 4, text("abcdefgh") * 4))], alignment=1)[:-9],
         "string 3 of 4",
     ),
-    "nested too deep": (gguf([key("k", ARRAY, array(ARRAY, 1, b"") * 50)]), "nests arrays deeper"),
-    "many nested arrays": (gguf([key("k", ARRAY, array(ARRAY, 2**60, bytes(64)))]), "no room for"),
-    "unknown value type": (gguf([key("k", 13, bytes(16))]), "unknown value type 13"),
-    "unknown item type": (gguf([key("k", ARRAY, array(99, 1, bytes(16)))]), "unknown value type 99|no room"),
-    "key not utf-8": (gguf([key("k", STRING, text("v")).replace(b"k", b"\xff")]), "not valid UTF-8"),
-    "value not utf-8": (gguf([key("k", STRING, text(b"\xff\xfe"))]), "value of 'k' is not valid UTF-8"),
-    "item not utf-8": (gguf([key("k", ARRAY, array(STRING, 2, text("a") + text(b"\xc3")))]), "item 1 of 'k'"),
-    "key twice": (gguf(ONE_STRING * 2), "key 'k' occurs twice"),
-    "tensor twice": (gguf([], [tensor("x", (8,), F32, 0)] * 2, FLOATS), "'x' occurs twice"),
-    "five dimensions": (gguf([], [tensor("x", (1,) * 5, F32, 0)], FLOATS), "5 dimensions"),
-    "huge dimension": (gguf([], [tensor("x", (0, 2**40), F32, 0)], FLOATS), "impossible shape"),
-    "unknown tensor type": (gguf([], [tensor("x", (8,), 4, 0)], FLOATS), "unknown type 4"),
-    "rows not of whole blocks": (gguf([], [tensor("x", (4, 8), Q8_0, 0)], FLOATS), "multiple of Q8_0's 32"),
-    "unaligned": (gguf([], [tensor("x", (1,), F32, 4)], FLOATS), "not at a multiple of 32"),
-    "overlap": (gguf([], [tensor("x", (16,), F32, 0), tensor("y", (1,), F32, 32)], FLOATS * 2), "'x' and 'y' overlap"),
+    "nested too deep": (made([key("k", ARRAY, array(ARRAY, 1, b"") * 50)]), "nests arrays deeper"),
+    "many nested arrays": (made([key("k", ARRAY, array(ARRAY, 2**60, bytes(64)))]), "no room for"),
+    "unknown value type": (made([key("k", 13, bytes(16))]), "unknown value type 13"),
+    "unknown item type": (made([key("k", ARRAY, array(99, 1, bytes(16)))]), "unknown value type 99|no room"),
+    "key not utf-8": (made([key("k", STRING, text("v")).replace(b"k", b"\xff")]), "not valid UTF-8"),
+    "value not utf-8": (made([key("k", STRING, text(b"\xff\xfe"))]), "value of 'k' is not valid UTF-8"),
+    "item not utf-8": (made([key("k", ARRAY, array(STRING, 2, text("a") + text(b"\xc3")))]), "item 1 of 'k'"),
+    "key twice": (made(ONE_STRING * 2), "key 'k' occurs twice"),
+    "tensor twice": (made([], [tensor("x", (8,), F32, 0)] * 2, FLOATS), "'x' occurs twice"),
+    "five dimensions": (made([], [tensor("x", (1,) * 5, F32, 0)], FLOATS), "5 dimensions"),
+    "huge dimension": (made([], [tensor("x", (0, 2**40), F32, 0)], FLOATS), "impossible shape"),
+    "unknown tensor type": (made([], [tensor("x", (8,), 4, 0)], FLOATS), "unknown type 4"),
+    "rows not of whole blocks": (made([], [tensor("x", (4, 8), Q8_0, 0)], FLOATS), "multiple of Q8_0's 32"),
+    "unaligned": (made([], [tensor("x", (1,), F32, 4)], FLOATS), "not at a multiple of 32"),
+    "overlap": (
+        made([], [tensor("x", (16,), F32, 0), tensor("y", (1,), F32, 32)], FLOATS * 2),
+        "'x' and 'y' overlap",
+    ),
     "alignment 0": (
-        gguf([key("general.alignment", UINT32, bytes(4))], [tensor("x", (8,), F32, 0)], FLOATS),
+        made([key("general.alignment", UINT32, bytes(4))], [tensor("x", (8,), F32, 0)], FLOATS),
         "alignment",
     ),
-    "alignment a string": (gguf([key("general.alignment", STRING, text("32"))]), "general.alignment is '32'"),
+    "alignment a string": (made([key("general.alignment", STRING, text("32"))]), "general.alignment is '32'"),
     "truncated data": (GOOD[:-5], "truncated: 5 bytes are missing"),
     "data gone": (GOOD[: -len(FLOATS)], "truncated: 32 bytes are missing"),
-    "far offset": (gguf([], [tensor("x", (8,), F32, 2**60)], FLOATS), "bytes are missing"),
+    "far offset": (made([], [tensor("x", (8,), F32, 2**60)], FLOATS), "bytes are missing"),
     "one part of several": (
-        gguf([key("split.count", 2, struct.pack("<H", 3))], [tensor("x", (8,), F32, 0)], FLOATS),
+        made([key("split.count", 2, struct.pack("<H", 3))], [tensor("x", (8,), F32, 0)], FLOATS),
         "one of 3 parts.*--merge",
     ),
 }
@@ -310,13 +352,13 @@ def test_a_bad_file_is_refused_with_its_reason(write, case):
 def test_scales_that_overflow_a_float16_bias_are_refused(write):
     block = struct.pack("<e", 60000.0) + bytes(32)
     with pytest.raises(CheckpointError, match=r"'x\.weight' has scales too large"):
-        open_gguf(write(gguf([], [tensor("x.weight", (32,), Q8_0, 0)], block))).load()
+        open_gguf(write(made([], [tensor("x.weight", (32,), Q8_0, 0)], block))).load()
 
 
 def test_names_that_clash_with_the_parts_of_a_quantized_weight_are_refused(write):
     tensors = [tensor("x.weight", (32,), Q8_0, 0), tensor("x.scales", (8,), F32, 64)]
     with pytest.raises(CheckpointError, match=r"'x\.scales' clash|clash with 'x\.scales'"):
-        open_gguf(write(gguf([], tensors, bytes(64) + FLOATS))).load()
+        open_gguf(write(made([], tensors, bytes(64) + FLOATS))).load()
 
 
 def test_a_file_that_shrinks_after_opening_is_refused(write):

@@ -20,12 +20,15 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 ONE, TWO, INDEX = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"
 CONFIG = '{"model_type": "x"}'
 SHARDS = json.dumps({"weight_map": {"a": ONE, "b": TWO}})
+TORCH_INDEX = "pytorch_model.bin.index.json"
+TORCH_SHARDS = json.dumps({"weight_map": {"a": "b-1.bin", "b": "b-2.bin"}})
 
 
 def folder(path: Path, *names: str, config: str = CONFIG) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     for name in names:
-        (path / name).write_text({"config.json": config, INDEX: SHARDS}.get(name, ""))
+        contents = {"config.json": config, INDEX: SHARDS, TORCH_INDEX: TORCH_SHARDS}
+        (path / name).write_text(contents.get(name, ""))
     return path
 
 
@@ -133,13 +136,10 @@ def test_a_folder_wins_over_a_hub_id(tmp_path, cache):
         (["a.gguf", "b.gguf"], r"it holds GGUF files, give one of them: .*a\.gguf, .*b\.gguf"),
         (["adapter_config.json", "adapters.safetensors"], "it is an adapter: give its base model"),
         (["config.json"], r"has no \*\.safetensors: it holds no weights"),
-        (
-            ["config.json", "pytorch_model.bin"],
-            r"only pytorch_model\.bin, which must be converted to safetensors first",
-        ),
+        (["config.json", "tf_model.h5"], r"only tf_model\.h5, which mlxlm doesn't read"),
         (["config.json", "a.gguf", "x.bin"], r"has no \*\.safetensors; it has GGUF files, give one of them: a\.gguf"),
     ],
-    ids=["empty", "no config", "gguf folder", "adapter", "no weights", "pickles", "gguf beside config"],
+    ids=["empty", "no config", "gguf folder", "adapter", "no weights", "foreign", "gguf beside config"],
 )
 def test_a_folder_that_is_no_model_says_what_it_lacks(tmp_path, names, message):
     with pytest.raises(ModelNotFoundError, match=message):
@@ -277,6 +277,17 @@ def test_only_what_is_needed_is_downloaded_the_weights_last(cache, monkeypatch, 
     assert hub.log == []
 
 
+@pytest.mark.parametrize("sharded", [False, True], ids=["one file", "shards"])
+def test_without_safetensors_the_weights_of_pytorch_are_downloaded(cache, monkeypatch, sharded):
+    weights = [TORCH_INDEX, "b-1.bin", "b-2.bin"] if sharded else ["pytorch_model.bin"]
+    hub = Hub(cache, "org/name", *weights, "training_args.bin", "tokenizer.json", "config.json").install(monkeypatch)
+    assert resolve_model("org/name") == hub.snapshot
+    assert sorted(os.listdir(hub.snapshot)) == sorted([*weights, "tokenizer.json", "config.json"])
+    hub.log.clear()
+    assert resolve_model("org/name") == hub.snapshot
+    assert hub.log == []
+
+
 def test_a_model_that_is_refused_costs_one_small_download(cache, monkeypatch):
     hub = Hub(cache, "org/name", "config.json", "model.safetensors", "tokenizer.json").install(monkeypatch)
     with pytest.raises(UnsupportedModelError, match="model_type x"):
@@ -287,12 +298,12 @@ def test_a_model_that_is_refused_costs_one_small_download(cache, monkeypatch):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["config.json", "pytorch_model.bin"], r"no \*\.safetensors, only pytorch_model\.bin, which must be converted"),
+        (["config.json", "tf_model.h5"], r"no \*\.safetensors, only tf_model\.h5, which mlxlm doesn't read"),
         (["a.Q8_0.gguf"], r"no config\.json; it has GGUF files, give one of them: org/name/a\.Q8_0\.gguf"),
         (["README.md"], r"no config\.json$"),
         (["config.json"], r"no \*\.safetensors: it holds no weights$"),
     ],
-    ids=["pickles", "gguf", "nothing", "no weights"],
+    ids=["foreign", "gguf", "nothing", "no weights"],
 )
 def test_a_repository_that_is_no_model_says_what_it_lacks(cache, monkeypatch, names, message):
     hub = Hub(cache, "org/name", *names).install(monkeypatch)

@@ -65,7 +65,7 @@ def test_an_override_does_not_inherit_from_the_default():
     assert config.for_module("x") == Quantization(4, 64)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8"])
+@pytest.mark.parametrize("method", ["bitsandbytes", "hqq", "eetq"])
 def test_another_toolkits_method_is_named_with_the_way_out(method):
     with pytest.raises(UnsupportedModelError, match=f"'{method}'.*use the original float16 or bfloat16"):
         QuantizationConfig.parse({"quantization_config": {"quant_method": method, "bits": 4}})

@@ -70,14 +70,34 @@ def test_every_dtype_is_read_as_it_is(tmp_path, dtype):
     assert array.tolist() == expected
 
 
-@pytest.mark.parametrize(("dtype", "size"), [("F64", 8), ("F8_E4M3", 1), ("F8_E5M2", 1), ("F8_E8M0", 1)])
-def test_a_dtype_that_cannot_be_read_is_listed_and_refused_by_load(tmp_path, dtype, size):
-    header = {"a": entry(dtype, [2], 0, 2 * size), "b": entry("F32", [], 2 * size, 2 * size + 4)}
-    (tmp_path / "model.safetensors").write_bytes(raw_file(header, bytes(2 * size + 4)))
+@pytest.mark.parametrize(
+    ("dtype", "data", "expected"),
+    [
+        ("F64", struct.pack("<2d", 0.1, 1e300), [np.float32(0.1), np.inf]),
+        ("F8_E4M3", b"\x01\xfe", [2.0**-9, -448.0]),
+        ("F8_E5M2", b"\x7b\xfc", [57344.0, -np.inf]),
+        ("F8_E4M3FNUZ", b"\x7f\x81", [240.0, -(2.0**-10)]),
+        ("F8_E8M0", b"\x00\x80", [2.0**-127, 2.0]),
+    ],
+)
+def test_what_mlx_has_no_type_for_comes_as_float32(tmp_path, dtype, data, expected):
+    end = len(data)
+    header = {"a": entry(dtype, [2], 0, end), "b": entry("BF16", [2, 1], end, end + 4)}
+    (tmp_path / "model.safetensors").write_bytes(raw_file(header, data + b"\x80\x3f\x00\xc0"))
+    arrays = open_safetensors(tmp_path).load()
+    assert arrays["a"].dtype == mx.float32
+    assert np.array_equal(np.array(arrays["a"]), np.array(expected, np.float32))
+    assert (arrays["b"].dtype, arrays["b"].tolist()) == (mx.bfloat16, [[1.0], [-2.0]])
+
+
+def test_a_dtype_that_cannot_be_read_is_listed_and_refused_by_load(tmp_path):
+    header = {"a": entry("F4", [2], 0, 1), "b": entry("F32", [], 1, 5)}
+    (tmp_path / "model.safetensors").write_bytes(raw_file(header, bytes(5)))
     checkpoint = open_safetensors(tmp_path)
-    assert checkpoint.tensors["a"].nbytes == 2 * size
-    with pytest.raises(CheckpointError, match=rf"1 of {checkpoint.tensors['a'].dtype} \(such as a\).*float32"):
+    assert checkpoint.tensors["a"].nbytes == 1
+    with pytest.raises(CheckpointError, match=r"1 of float4_e2m1 \(such as a\).*float32"):
         checkpoint.load()
+    assert checkpoint.load(["b"])["b"].item() == 0
 
 
 def test_scalars_empty_tensors_unicode_names_and_metadata(tmp_path):

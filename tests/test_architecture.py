@@ -27,13 +27,15 @@ FLOORS = {
     "objectives": 4,
     "generation": 4,
     "distributed": 4,
+    "conversion": 4,
     "training": 5,
     "cli": 6,
     "__main__": 7,
     "__init__": 7,
 }
 FAMILIES = re.compile(
-    r"\b(llama|mistral|qwen|gemma|falcon|bloom|chatglm|glm|roberta|modernbert|bert|gpt|palm|umt5|mt5|t5|phi)\w*", re.I
+    r"\b(llama|mistral|qwen|gemma|falcon|bloom|chatglm|glm|roberta|modernbert|bert|gpt(?!q)|palm|umt5|mt5|t5|phi)\w*",
+    re.I,
 )
 # Names that others chose: a value of `rope_type`, an example in an error message, a program of llama.cpp.
 NOT_OURS = {"rotary_config.py": {"llama3"}, "saving.py": {"gpt2"}, "gguf_tensors.py": {"llama"}}

@@ -57,10 +57,17 @@ def unpacked(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
     settings = config.get("quantization_config")
     method = settings.get("quant_method") if isinstance(settings, Mapping) else None
     if method in ("gptq", "awq"):
-        return _view(checkpoint, _integer_modules(checkpoint, settings, method))
-    if method in PACKINGS or any(info.dtype in NAMES for info in checkpoint.tensors.values()):
-        return _view(checkpoint, _float_modules(checkpoint, settings or {}))
-    return checkpoint
+        modules = _integer_modules(checkpoint, settings, method)
+    elif method in PACKINGS or any(info.dtype in NAMES for info in checkpoint.tensors.values()):
+        modules = _float_modules(checkpoint, settings or {})
+    else:
+        return checkpoint
+    if method is not None and not modules:
+        raise CheckpointError(
+            f"quantization_config of config.json says {method!r}, but the checkpoint holds no such weights; remove the "
+            "entry if they are plain ones"
+        )
+    return _view(checkpoint, modules)
 
 
 def _view(checkpoint: Checkpoint, modules: list[_Packed]) -> Checkpoint:

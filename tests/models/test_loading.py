@@ -189,7 +189,8 @@ def test_every_wrong_weight_is_listed_by_its_name_on_disk(made, tmp_path):
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "x": 1}}, ConfigError, "unknown keys x"),
         ({"rope_parameters": {"rope_theta": 7.0}, "rope_theta": 8.0}, ConfigError, "contradicts itself"),
         ({"num_key_value_heads": 3}, ConfigError, "4 query heads can't share 3"),
-        ({"quantization_config": {"quant_method": "gptq"}}, UnsupportedModelError, "gptq"),
+        ({"quantization_config": {"quant_method": "hqq"}}, UnsupportedModelError, "hqq"),
+        ({"quantization_config": {"quant_method": "gptq"}}, CheckpointError, "says 'gptq', but .* holds no such"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )

@@ -23,6 +23,8 @@ from mlxlm.layers.block import (
 )
 from mlxlm.layers.block_positions import BlockPositions, BlockPositionsSpec
 from mlxlm.layers.cache import Cache, KeyValueCache
+from mlxlm.layers.cache_storage import FloatStorage, QuantizedStorage
+from mlxlm.layers.cache_window import CacheSpec, WindowCache
 from mlxlm.layers.embeddings import Embeddings, EmbeddingsSpec
 from mlxlm.layers.feed_forward import FeedForward, FeedForwardSpec
 from mlxlm.layers.norms import LayerNormSpec, NoNormSpec, NormSpec, OffsetRMSNorm, RMSNormSpec
@@ -65,11 +67,13 @@ __all__ = [
     "BlockPositionsSpec",
     "BlockSpec",
     "Cache",
+    "CacheSpec",
     "DynamicScalingSpec",
     "Embeddings",
     "EmbeddingsSpec",
     "FeedForward",
     "FeedForwardSpec",
+    "FloatStorage",
     "KeyValueCache",
     "LayerNormSpec",
     "LearnedPositions",
@@ -87,6 +91,7 @@ __all__ = [
     "ParallelBlockSpec",
     "Prefix",
     "ProportionalScalingSpec",
+    "QuantizedStorage",
     "RMSNormSpec",
     "RelativeBuckets",
     "RelativeBucketsSpec",
@@ -103,6 +108,7 @@ __all__ = [
     "TokenPositions",
     "VirtualTokens",
     "WavelengthScalingSpec",
+    "WindowCache",
     "YarnScalingSpec",
     "activation",
     "alibi_slopes",

@@ -29,6 +29,7 @@ class Scope:
     shared: a position encoding that all self-attention layers of a stack have in common.
     prefix: keys and values that stand before those of the tokens, in the layer that comes next.
     virtual: how many of the tokens at the start of each row are virtual ones, which all documents of a row see.
+    slots: () or (B,), where a cache writes the first of these tokens; None for behind those it holds.
     """
 
     positions: TokenPositions
@@ -37,23 +38,28 @@ class Scope:
     shared: AttentionPositions | None = None
     prefix: Prefix | None = None
     virtual: int = 0
+    slots: mx.array | None = None
     _masks: dict[tuple[bool, int | None, int], AttentionMask] = field(default_factory=dict)
-    _terms: dict[tuple[int, int], dict[str, Any]] = field(default_factory=dict)
+    _terms: dict[tuple[int, int, int], dict[str, Any]] = field(default_factory=dict)
 
     def mask_for(self, causal: bool, window: int | None, before: int = 0) -> AttentionMask:
         """The mask of a layer; made once a pass, since most layers share it.  before: keys ahead of the tokens'."""
         key = (causal, window, before)
         if key not in self._masks:
-            self._masks[key] = replace(shifted(self.mask, before), causal=causal, window=window)
+            placed = {} if self.slots is None else {"query_offset": self.slots, "at_keys": True}
+            self._masks[key] = replace(shifted(self.mask, before), causal=causal, window=window, **placed)
         return self._masks[key]
 
-    def shared_terms(self, query_length: int, key_length: int) -> dict[str, Any]:
-        """What the shared position encoding adds to the scores; made once a pass, since its layers all need it."""
+    def shared_terms(self, query_length: int, key_length: int, dropped: int = 0) -> dict[str, Any]:
+        """What the shared position encoding adds to the scores; made once a pass, since its layers all need it.
+
+        dropped: tokens before the first of the keys.
+        """
         if self.shared is None:
             return {}
-        key = (query_length, key_length)
+        key = (query_length, key_length, dropped)
         if key not in self._terms:
-            self._terms[key] = self.shared.score_terms(query_length, key_length, self.positions.offset)
+            self._terms[key] = self.shared.score_terms(query_length, key_length, self.positions.offset - dropped)
         return self._terms[key]
 
 
@@ -115,54 +121,65 @@ class Attention(nn.Module):
         self, x: mx.array, scope: Scope, cache: KeyValueCache | None = None, memory: mx.array | None = None
     ) -> mx.array:
         """x (B, L, dim) attends to itself and the cache, or to memory (B, S, dim) when that is given."""
-        query = self.query_norm(self._heads(self.query(x)))
-        if memory is None:
-            key, value = self._keys_and_values(x)
-            query, key = self.positions.rotate(query, key, scope.positions)
-            count = 0
-            if scope.prefix is not None and scope.prefix.key is not None:
-                key, value, count = self._after_prefix(key, value, scope.prefix, cache)
-            elif cache is not None:
-                key, value = cache.update(key, value)
-            if scope.mask.query_segments is not None and (count or scope.virtual):
-                return self._project(self._in_segments(query, key, value, count, scope))
-            mask = scope.mask_for(self.spec.causal, self.spec.window, count)
-            lengths = query.shape[2], key.shape[2]
-            terms = scope.shared_terms(*lengths) | self.positions.score_terms(*lengths, scope.positions.offset)
-        else:
-            key, value = self._projected_memory(memory, cache)
-            mask, terms = scope.memory_mask, {}
-            if scope.prefix is not None and scope.prefix.memory_key is not None:
-                key, value = before(scope.prefix.memory_key, key), before(scope.prefix.memory_value, value)
-                mask = shifted(mask, scope.prefix.memory_key.shape[2])
-        dropping = self.training and self.spec.dropout > 0
-        out = attention(
-            query,
-            key,
-            value,
-            scale=self.scale,
-            mask=mask,
-            softcap=self.spec.softcap,
-            dropout=self.spec.dropout if dropping else 0.0,
-            # Drawn from MLX's global random state, so that compiled training steps that capture it stay reproducible.
-            dropout_key=mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32) if dropping else None,
-            **terms,
-        )
-        return self._project(out)
+        if memory is not None:
+            return self.project_out(self._attend_to_memory(x, scope, cache, memory))
+        return self.project_out(self.attend(*self.project(x, scope), scope, cache))
 
-    def _project(self, out: mx.array) -> mx.array:
+    def project(self, x: mx.array, scope: Scope) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries (B, H, L, D), keys and values (B, Hkv, L, D) of x (B, L, dim), turned by their positions."""
+        query, key, value = self._projected(x)
+        return *self.positions.rotate(query, key, scope.positions), value
+
+    def attend(
+        self, query: mx.array, key: mx.array, value: mx.array, scope: Scope, cache: KeyValueCache | None = None
+    ) -> mx.array:
+        """What the queries find in these keys and values and those of the cache, (B, H, L, D)."""
+        own, prefix = self.spec, scope.prefix
+        options: dict[str, Any] = {"scale": self.scale, "softcap": own.softcap, **self._dropout()}
+        count = 0
+        if prefix is not None and prefix.key is not None:
+            if cache is None:
+                key, value = before(prefix.key, key), before(prefix.value, value)
+                count = prefix.key.shape[2]
+            else:
+                cache.begin(before(prefix.key, key[:, :, :0]), before(prefix.value, value[:, :, :0]))
+                count = cache.virtual
+        if scope.mask.query_segments is not None and (count or scope.virtual):
+            return self._in_segments(query, key, value, count, scope)
+        mask = scope.mask_for(own.causal, own.window, count)
+        if cache is None:
+            return attention(query, key, value, mask=mask, **self._terms(scope, query, key), **options)
+
+        def terms(query_length: int, key_length: int, dropped: int) -> dict[str, Any]:
+            shared = scope.shared_terms(query_length, key_length, dropped)
+            return shared | self.positions.score_terms(query_length, key_length, scope.positions.offset - dropped)
+
+        return cache.attend(query, key, value, mask=mask, at=scope.slots, terms=terms, **options)
+
+    def _terms(self, scope: Scope, query: mx.array, key: mx.array) -> dict[str, Any]:
+        lengths = query.shape[2], key.shape[2]
+        return scope.shared_terms(*lengths) | self.positions.score_terms(*lengths, scope.positions.offset)
+
+    def _dropout(self) -> dict[str, Any]:
+        if not (self.training and self.spec.dropout > 0):
+            return {}
+        # Drawn from MLX's global random state, so that compiled training steps that capture it stay reproducible.
+        key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
+        return {"dropout": self.spec.dropout, "dropout_key": key}
+
+    def _attend_to_memory(self, x: mx.array, scope: Scope, cache: KeyValueCache | None, memory: mx.array) -> mx.array:
+        query = self.query_norm(self._heads(self.query(x)))
+        key, value = self._projected_memory(memory, cache)
+        mask = scope.memory_mask
+        if scope.prefix is not None and scope.prefix.memory_key is not None:
+            key, value = before(scope.prefix.memory_key, key), before(scope.prefix.memory_value, value)
+            mask = shifted(mask, scope.prefix.memory_key.shape[2])
+        return attention(query, key, value, scale=self.scale, mask=mask, softcap=self.spec.softcap, **self._dropout())
+
+    def project_out(self, out: mx.array) -> mx.array:
+        """The layer's output (B, L, dim) of what was found, (B, H, L, D)."""
         batch, _, length, _ = out.shape
         return self.output(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
-
-    def _after_prefix(
-        self, key: mx.array, value: mx.array, prefix: Prefix, cache: KeyValueCache | None
-    ) -> tuple[mx.array, mx.array, int]:
-        """All keys and values that the tokens may see, and how many of them the prefix gave."""
-        if cache is None:
-            return before(prefix.key, key), before(prefix.value, value), prefix.key.shape[2]
-        empty = key[:, :, :0], value[:, :, :0]
-        cache.begin(before(prefix.key, empty[0]), before(prefix.value, empty[1]))
-        return *cache.update(key, value), cache.virtual
 
     def _in_segments(self, query: mx.array, key: mx.array, value: mx.array, count: int, scope: Scope) -> mx.array:
         """Packed rows with keys that belong to every document: the `count` of a prefix, or those of virtual tokens."""
@@ -193,6 +210,9 @@ class Attention(nn.Module):
             x = mx.clip(x, -self.spec.clip, self.spec.clip)
         batch, length, _ = x.shape
         return x.reshape(batch, length, -1, self.spec.head_dim).transpose(0, 2, 1, 3)
+
+    def _projected(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        return self.query_norm(self._heads(self.query(x))), *self._keys_and_values(x)
 
     def _keys_and_values(self, x: mx.array) -> tuple[mx.array, mx.array]:
         key = self.key_norm(self._heads(self.key(x)))

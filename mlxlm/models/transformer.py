@@ -10,7 +10,7 @@ from mlx import nn
 
 from mlxlm.errors import PromptError, UnsupportedModelError, UsageError
 from mlxlm.kernels import AttentionMask
-from mlxlm.layers import Cache, Prefix, Scope, TokenPositions, VirtualTokens, shifted
+from mlxlm.layers import AlibiSpec, Cache, CacheSpec, Prefix, Scope, TokenPositions, VirtualTokens, shifted
 from mlxlm.layers.virtual import StackName
 from mlxlm.models.config import StackSpec, TransformerConfig
 from mlxlm.models.heads import SequenceHeadSpec
@@ -100,7 +100,8 @@ class Transformer(nn.Module):
     is an encoder).  prefix_lengths (B,): tokens that all see, in a decoder (prefix LM).  token_types (B, L).
     positions (B, L): instead of 0, 1, 2 ...  blocks (B, L): a second coordinate, for models whose positions have two.
     segments (B, L): tokens see only those of equal id (packed documents).
-    vectors (B, L, dim): instead of the tokens' embeddings.  cache: from `make_cache`; the tokens continue it.
+    vectors (B, L, dim): instead of the tokens' embeddings.  cache: from `make_cache`; the tokens continue it, each row
+    its own, and grow it by key_lengths where these are given (which takes a `CacheSpec(ragged=True)`).
 
     `prompt`, a `VirtualTokens` module, may be set: what it holds is read before the tokens of every row. All that is
     given and returned is about the real tokens, but heads over whole sequences pool over the virtual ones too.
@@ -182,13 +183,20 @@ class Transformer(nn.Module):
         if decoder_tokens is not None:
             raise UsageError("decoder_tokens are for encoder-decoder models; this one has a single stack")
         self._check_single(token_types, key_lengths, prefix_lengths, memory, cache)
+        counts = None
+        if cache is not None and key_lengths is not None:
+            # What pads these rows comes after their tokens, and the next tokens are written over it.
+            counts, key_lengths = key_lengths.tolist(), None
         mask = AttentionMask(
             key_lengths=key_lengths, prefix_lengths=prefix_lengths, query_segments=segments, key_segments=segments
         )
         stack: StackName = "encoder" if self.config.decoder is None else "decoder"
         own = (positions, blocks, context)
         x, scope = self._embed(stack, tokens, mask, cache, own, token_types=token_types, vectors=vectors)
-        return getattr(self, stack)(x, scope, cache, prefixes=self._prefixes(stack))
+        hidden: mx.array = getattr(self, stack)(x, scope, cache, prefixes=self._prefixes(stack))
+        if cache is not None:
+            cache.advance(tokens.shape[1], counts)
+        return hidden
 
     def encode(
         self,
@@ -231,7 +239,10 @@ class Transformer(nn.Module):
         memory_mask = shifted(AttentionMask(key_lengths=memory_lengths), 0 if given is None else given.shape[0])
         x, scope = self._embed("decoder", tokens, AttentionMask(), cache)
         scope.memory_mask = memory_mask
-        return self.decoder(x, scope, cache, memory, self._prefixes("decoder"))
+        hidden = self.decoder(x, scope, cache, memory, self._prefixes("decoder"))
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        return hidden
 
     def _prefixes(self, stack: StackName) -> list[Prefix] | None:
         return None if self.prompt is None else self.prompt.prefixes(stack)
@@ -252,7 +263,7 @@ class Transformer(nn.Module):
         own: positions, blocks and context, as `hidden` takes them.  mask: of the real tokens.
         """
         if self.prompt is None:
-            scope = Scope(self._positions(tokens, own[0], cache, *own[1:]), mask)
+            scope = Scope(self._positions(tokens, own[0], cache, *own[1:]), mask, slots=_slots(cache))
             return self.embeddings(tokens, scope.positions, token_types, vectors), scope
         offset, given = self.prompt.offset(stack), self.prompt.vectors(stack)
         if given is not None and cache is not None and cache[0].length:
@@ -261,7 +272,7 @@ class Transformer(nn.Module):
         if given is None:
             explicit = None if positions is None else positions + offset
             places = self._positions(tokens, explicit, cache, blocks, context + offset if context else 0, offset)
-            return self.embeddings(tokens, places, token_types, vectors), Scope(places, mask)
+            return self.embeddings(tokens, places, token_types, vectors), Scope(places, mask, slots=_slots(cache))
         count = given.shape[0]
         batch = tokens.shape[0]
         if cache is not None:
@@ -303,11 +314,16 @@ class Transformer(nn.Module):
             if stack is not None:
                 stack._recomputed = count
 
-    def make_cache(self) -> Cache:
-        """An empty key/value cache for the decoder. Raises UnsupportedModelError for an encoder-only model."""
+    def make_cache(self, spec: CacheSpec | None = None) -> Cache:
+        """An empty key/value cache for the decoder, see `CacheSpec`. Raises UnsupportedModelError for an encoder-only
+        model.
+        """
         if self.config.decoder is None:
             raise UnsupportedModelError("an encoder-only model sees all tokens at once: there is nothing to cache")
-        return Cache(len(self.config.decoder.layers))
+        spec = CacheSpec() if spec is None else spec
+        stack = self.config.decoder
+        distances = stack.positions is not None or isinstance(stack.layers[0].attention.positions, AlibiSpec)
+        return spec.build([layer.attention.window for layer in stack.layers], distances)
 
     def _positions(
         self,
@@ -320,9 +336,9 @@ class Transformer(nn.Module):
     ) -> TokenPositions:
         if explicit is not None and (explicit.ndim != 2 or explicit.shape[1] != tokens.shape[1]):
             raise UsageError(f"positions have shape {explicit.shape}, but tokens {tokens.shape}")
-        offset = first + (0 if cache is None else cache.length)
+        offset = first + (0 if cache is None else cache.offset)
         table = self.config.embeddings.positions
-        end = offset + tokens.shape[1]
+        end = first + (0 if cache is None else cache.length) + tokens.shape[1]
         limit = None if table is None else table.limit
         if limit is not None and explicit is None and end > limit:
             raise PromptError(f"{end} tokens are more than the {limit} positions that this model has")
@@ -364,10 +380,10 @@ class Transformer(nn.Module):
             raise UsageError("this model has no token types")
         if memory is not None:
             raise UsageError("memory is for encoder-decoder models; this one has a single stack")
+        if cache is not None and key_lengths is not None and not all(layer.joins for layer in cache):
+            raise UsageError("rows of different lengths need a cache made with CacheSpec(ragged=True)")
         if self.config.decoder is None and (cache is not None or prefix_lengths is not None):
             raise UsageError("an encoder sees all tokens at once: it takes no cache and no prefix_lengths")
-        if cache is not None and key_lengths is not None:
-            raise UsageError("padding would stay between the keys of a cache: key_lengths and cache don't go together")
 
     def _check(self, tokens: mx.array, segments: mx.array | None, cache: Cache | None) -> None:
         if tokens.ndim != 2 or not mx.issubdtype(tokens.dtype, mx.integer):
@@ -378,3 +394,7 @@ class Transformer(nn.Module):
             raise PromptError("there are no tokens: at least one is needed")
         if segments is not None and cache is not None:
             raise UsageError("segments describe whole rows of packed documents and can't be used with a cache")
+
+
+def _slots(cache: Cache | None) -> mx.array | None:
+    return None if cache is None else cache.slots

@@ -354,13 +354,10 @@ def test_a_prompt_in_chunks_crosses_the_original_context_as_in_one_pass(kind):
         ({"token_types": TOKENS}, "no token types"),
         ({"memory": mx.zeros((1, 3, 64))}, "encoder-decoder"),
         ({"positions": TOKENS[:, :3]}, "positions have shape"),
-        ({"key_lengths": mx.array([3]), "cache": "new"}, "don't go together"),
     ],
-    ids=["token_types", "memory", "positions", "key_lengths"],
+    ids=["token_types", "memory", "positions"],
 )
 def test_a_keyword_that_means_nothing_is_refused(made, keywords, words):
-    if "cache" in keywords:
-        keywords = {**keywords, "cache": made.make_cache()}
     with pytest.raises(UsageError, match=words):
         made(TOKENS, **keywords)
 

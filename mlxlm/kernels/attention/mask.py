@@ -38,6 +38,8 @@ class AttentionMask:
     prefix_lengths: (B,) keys below it are seen by every query (prefix LM); no effect without causal or window.
     key_lengths: (B,) number of keys that exist; the rest is right padding.
     query_segments, key_segments: (B, Lq) and (B, Lk) integer ids, given together: only equal ids see each other.
+    at_keys: a promise that every query stands at one of the keys, for offsets that are arrays: a causal query then
+        sees at least one key, and nothing has to be computed to find out. Default False.
 
     (B,) may also be (1,) and (B, L) may be (1, L), for all rows alike. Arrays become int32; Python lists and numpy
     arrays are taken too. Raises AttentionError for a field of another kind or rank.
@@ -50,6 +52,7 @@ class AttentionMask:
     key_lengths: mx.array | None = None
     query_segments: mx.array | None = None
     key_segments: mx.array | None = None
+    at_keys: bool = False
     _arrays: bool = field(init=False, repr=False, default=False)
     _dense: dict[tuple[int, int, int], mx.array | None] = field(init=False, repr=False, default_factory=dict)
 
@@ -133,6 +136,8 @@ class AttentionMask:
             return True
         if not self.causal and self.window is None:
             return self.query_segments is not None and self.query_segments is not self.key_segments
+        if self.at_keys and self.query_segments is None:
+            return False
         offset = self.offset(query_length, key_length)
         if not isinstance(offset, int):
             return True

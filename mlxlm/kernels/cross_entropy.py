@@ -10,7 +10,7 @@ Shapes: N tokens, D features, V words, C words of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -41,6 +41,19 @@ class QuantizedWeight(NamedTuple):
     mode: str = "affine"
 
 
+class VocabularyShard(NamedTuple):
+    """Which words a head has whose rows several processes share; their losses are put together from all parts.
+
+    start: the first word here.  vocabulary: words of all.  shards: how many processes.
+    stack: gives the arrays of all of them, (...) -> (shards, ...), to every one. Nothing flows back through it.
+    """
+
+    start: int
+    vocabulary: int
+    shards: int
+    stack: Callable[[mx.array], mx.array]
+
+
 def fused_linear_cross_entropy(
     hidden: mx.array,
     weight: mx.array | QuantizedWeight,
@@ -55,6 +68,7 @@ def fused_linear_cross_entropy(
     reduction: Reduction = "mean",
     weight_gradient: bool = True,
     chunk: int | None = None,
+    shard: VocabularyShard | None = None,
 ) -> mx.array:
     """Cross-entropy of softmax(logits), logits = cap(logit_scale * (hidden @ weight.T + bias)), without the logits.
 
@@ -66,6 +80,8 @@ def fused_linear_cross_entropy(
     reduction: "mean" over the tokens that count (0 when there is none), "sum", or "none" for a loss a token (...).
     weight_gradient: False when the head is frozen, which saves its gradient's matrix product and memory.
     chunk: words at once, default by a memory budget of the device.
+    shard: when weight and bias have the rows of some words only; targets stay words of the whole vocabulary. The
+    gradient of hidden is then that by the words here: what the other processes have is to be added.
 
     Returns float32. Differentiable in hidden, weight and bias. Raises UsageError for arguments that don't fit.
     """
@@ -80,8 +96,9 @@ def fused_linear_cross_entropy(
         z_loss=z_loss,
         # MLX's CPU matrix products are about ten times slower in 16 bits; elsewhere they run in the dtype of the head.
         dtype=mx.float32 if runtime.backend() == "cpu" else hidden.dtype,
-        chunks=_chunks(flat_targets.size, vocabulary, chunk),
+        chunks=_chunks(flat_targets.size, vocabulary, chunk, shard),
         targets=flat_targets,
+        shard=shard,
     )
     counted = flat_targets != ignore_index
     inputs = {"hidden": hidden.reshape(-1, hidden.shape[-1])}
@@ -117,6 +134,7 @@ def token_log_probabilities(
     ignore_index: int = -100,
     weight_gradient: bool = True,
     chunk: int | None = None,
+    shard: VocabularyShard | None = None,
 ) -> mx.array:
     """log p(target) of each token, float32 (...), 0 where the target is ignore_index; the logits never exist whole.
 
@@ -124,7 +142,7 @@ def token_log_probabilities(
     """
     return -fused_linear_cross_entropy(
         hidden, weight, targets, bias=bias, softcap=softcap, logit_scale=logit_scale, ignore_index=ignore_index,
-        reduction="none", weight_gradient=weight_gradient, chunk=chunk,
+        reduction="none", weight_gradient=weight_gradient, chunk=chunk, shard=shard,
     )  # fmt: skip
 
 
@@ -173,11 +191,22 @@ class _Head:
     dtype: mx.Dtype
     chunks: list[tuple[int, int]]
     targets: mx.array
+    shard: VocabularyShard | None = None
+
+    @property
+    def start(self) -> int:
+        """The first word here."""
+        return 0 if self.shard is None else self.shard.start
+
+    @property
+    def vocabulary(self) -> int:
+        """Words of all processes together."""
+        return self.chunks[-1][1] if self.shard is None else self.shard.vocabulary
 
     def losses(self, inputs: Arrays) -> list[mx.array]:
         """Loss and log-sum-exp of each token, float32 (N,); the loss of an ignored token is meaningless."""
         state = self._state(inputs)
-        vocabulary = self.chunks[-1][1]
+        vocabulary = self.vocabulary
         of_target, of_all, log_sums = mx.zeros(self.targets.shape), mx.zeros(self.targets.shape), []
         for words in self.chunks:
             logits_NC, _ = self._logits(state, words)
@@ -191,6 +220,9 @@ class _Head:
                 done.append(of_all)
             state = _after(state, done)
         log_sum_N = mx.logsumexp(mx.stack(log_sums), axis=0) if len(log_sums) > 1 else log_sums[0]
+        if self.shard is not None:
+            parts = self.shard.stack(mx.stack([log_sum_N, of_target, of_all]))
+            log_sum_N, of_target, of_all = mx.logsumexp(parts[:, 0], axis=0), parts[:, 1].sum(0), parts[:, 2].sum(0)
         share = self.label_smoothing
         loss_N = log_sum_N - (1.0 - share) * of_target
         if share > 0.0:
@@ -202,7 +234,7 @@ class _Head:
 
     def gradients(self, inputs: Arrays, cotangent_N: mx.array, log_sum_N: mx.array) -> Arrays:
         """Gradients of the inputs under their names, in their dtypes."""
-        share, vocabulary = self.label_smoothing, self.chunks[-1][1]
+        share, vocabulary = self.label_smoothing, self.vocabulary
         # d(loss)/d(logit) = softmax * (1 + 2 z lse) - (1 - share) at the target - share / V everywhere
         of_weight_N = cotangent_N * (1.0 + (2.0 * self.z_loss) * log_sum_N) if self.z_loss else cotangent_N
         state = self._state(inputs) | {"cotangent": cotangent_N, "of_weight": of_weight_N, "log_sum": log_sum_N}
@@ -234,7 +266,8 @@ class _Head:
 
     def _state(self, inputs: Arrays) -> Arrays:
         """All arrays that a chunk reads, so that they can be tied to the chunk before."""
-        state = inputs | {"hidden": inputs["hidden"].astype(self.dtype), "targets": self.targets}
+        # Targets count from the first word here; those of other processes lie outside every chunk.
+        state = inputs | {"hidden": inputs["hidden"].astype(self.dtype), "targets": self.targets - self.start}
         if isinstance(self.weight, QuantizedWeight):
             fields = {"weight": self.weight.weight, "scales": self.weight.scales, "biases": self.weight.biases}
             return state | {name: array for name, array in fields.items() if array is not None}
@@ -282,8 +315,14 @@ def _after(arrays: Arrays, done: list[mx.array]) -> Arrays:
     return dict(zip(arrays, mx.depends(list(arrays.values()), done), strict=True))
 
 
-def _chunks(tokens: int, vocabulary: int, chunk: int | None) -> list[tuple[int, int]]:
-    """Ranges [start, stop) of words."""
+def _chunks(
+    tokens: int, vocabulary: int, chunk: int | None, shard: VocabularyShard | None = None
+) -> list[tuple[int, int]]:
+    """Ranges [start, stop) of words. All processes that share a head have equally many of them."""
+    if shard is not None and vocabulary != -(-shard.vocabulary // shard.shards):
+        count = len(_chunks(tokens, -(-shard.vocabulary // shard.shards), chunk))
+        size = -(-vocabulary // count)
+        return [(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size)]
     if chunk is None:
         words = _CHUNK_BYTES.get(runtime.backend(), _GPU_CHUNK_BYTES) // (4 * max(tokens, 1))
         words = max(words, -(-vocabulary // _MAX_CHUNKS), _CHUNK_MULTIPLE)

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import mlx.core as mx
 from mlx import nn
 
-from mlxlm.kernels.cross_entropy import QuantizedWeight
+from mlxlm.kernels.cross_entropy import QuantizedWeight, VocabularyShard
 from mlxlm.layers import NoNormSpec, NormSpec, Spec, activation
 
 
@@ -70,6 +70,7 @@ class Projection(NamedTuple):
 
     logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), without the tanh when softcap is None.
     hidden (..., dim): after the head's transform.  weight (V, dim), or packed.  trainable: whether weight is to learn.
+    shard: when the weight has the rows of some words only, which; None for all of them.
     """
 
     hidden: mx.array
@@ -78,6 +79,7 @@ class Projection(NamedTuple):
     scale: float
     softcap: float | None
     trainable: bool
+    shard: VocabularyShard | None = None
 
 
 class LanguageModelHead(nn.Module):
@@ -112,9 +114,9 @@ class LanguageModelHead(nn.Module):
         which no single weight describes.
         """
         layer = embedding if self.spec.tied else self.output
-        if type(layer) in (nn.Linear, nn.Embedding):
+        if isinstance(layer, (nn.Linear, nn.Embedding)):
             weight: mx.array | QuantizedWeight = layer.weight
-        elif type(layer) in (nn.QuantizedLinear, nn.QuantizedEmbedding):
+        elif isinstance(layer, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
             weight = QuantizedWeight(
                 layer.weight, layer.scales, layer.get("biases"), layer.group_size, layer.bits, layer.mode
             )

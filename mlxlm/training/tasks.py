@@ -108,6 +108,7 @@ class WordLoss:
             reduction="sum",
             weight_gradient=head.trainable,
             chunk=self.chunk,
+            shard=head.shard,
         )
 
     def for_evaluation(self) -> WordLoss:

@@ -1,0 +1,65 @@
+"""Tensor parallelism: losses, gradients, logits and generated tokens are those of one process, for every mechanism."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from processes import run_ranks
+from small_models import small_model
+
+from mlxlm.distributed.tensor_plan import TensorPlan
+from mlxlm.errors import UsageError
+
+MODELS = ("llama", "llama-tied", "qwen3", "falcon", "bloom", "gpt2", "bert", "t5", "quantized")
+
+
+@pytest.fixture(scope="module")
+def two():
+    return run_ranks(2, "tensor_cases", "shared", *MODELS)
+
+
+def check(results, name):
+    for got in results:
+        assert got[f"{name}/loss"] < 1e-6
+        assert got[f"{name}/gradients"] < 1e-5
+        assert got[f"{name}/logits"] < 1e-5
+        assert got[f"{name}/names"]
+        if f"{name}/tokens" in got:
+            np.testing.assert_array_equal(got[f"{name}/shared-tokens"], got[f"{name}/tokens"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_ranks_that_share_a_model_compute_what_one_does(two, name):
+    check(two, name)
+
+
+def test_each_rank_holds_its_share_of_the_weights(two):
+    assert [round(float(got["llama/held"]), 2) for got in two] == pytest.approx([0.5, 0.5], abs=0.02)
+
+
+@pytest.mark.slow
+def test_four_ranks_copy_key_value_heads_where_there_are_fewer():
+    results = run_ranks(4, "tensor_cases", "shared", "llama", "t5", "falcon")
+    for name in ("llama", "t5", "falcon"):
+        check(results, name)
+
+
+def test_every_parameter_is_covered_once_by_the_ranks():
+    from mlx.utils import tree_flatten
+
+    for name in MODELS[:-1]:
+        model = small_model(name)
+        for key, array in tree_flatten(model.parameters()):
+            pieces = {TensorPlan(model.config, 2, index).piece(key, array.shape) for index in range(2)}
+            assert sum(piece.count for piece in pieces) in (array.size, *([] if len(pieces) == 2 else [array.size]))
+
+
+def test_what_has_no_rule_is_refused():
+    model = small_model("llama")
+    with pytest.raises(UsageError, match="tp=3: 4 attention heads"):
+        TensorPlan(model.config, 3, 0)
+    plan = TensorPlan(model.config, 2, 0)
+    with pytest.raises(UsageError, match="no rule for tensor parallelism"):
+        plan.piece("decoder.layers.0.attention.output.adapters.default.magnitude", (32,))
+    with pytest.raises(UsageError, match="smaller group size"):
+        plan.piece("decoder.layers.0.feed_forward.down.scales", (32, 3))

@@ -4,8 +4,8 @@
     python examples/synthetic_data/generate.py --task instructions --check answers.jsonl
 
 Writes train.jsonl, valid.jsonl and test.jsonl (80, 10 and 10 percent), no input in two of them; the same arguments give
-the same bytes. With --check, every row of a file is a row of the task with one more key, "answer"; printed is how many
-answers are right. Needs nothing but Python.
+the same bytes. With --check, every row of a file is a row of the task with one more key, "predicted", as
+`mlxlm evaluate --predictions` and `mlxlm classify` write them; printed is how many are right. Needs nothing but Python.
 
     instructions   {"messages"}              dates, units, and facts of a sentence as JSON
     sentiment      {"text", "label"}         negations, and clauses of which one decides
@@ -258,9 +258,9 @@ def check(task: str, path: Path) -> tuple[int, int]:
     right = count = 0
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         row = json.loads(line)
-        if "answer" not in row:
-            raise ValueError(f'{path}, line {number}: the row has no "answer"')
-        right += TASKS[task].right(row, row["answer"])
+        if "predicted" not in row:
+            raise ValueError(f'{path}, line {number}: the row has no "predicted"')
+        right += TASKS[task].right(row, row["predicted"])
         count += 1
     return right, count
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 
@@ -44,7 +42,7 @@ def embed(
         raise UsageError("give either texts or --input, one of both")
     rows: Iterator[dict[str, Any]]
     rows = iter({"text": text} for text in texts) if texts else read_jsonl(str(input), field="text")
-    target = _Output(output)  # refuses before anything is computed
+    target = opt.Output(output)  # refuses before anything is computed
     network, tokenizer = opt.load(model, dtype, revision)
     start, count = time.perf_counter(), 0
     with target as file:
@@ -66,44 +64,3 @@ def embed(
             count += len(part)
     seconds = time.perf_counter() - start
     print(f"{count} texts, {count / seconds:.1f} texts/s, {network.config.dim} features", file=sys.stderr)
-
-
-class _Output:
-    """Standard output, or a file that appears under its name only when it is whole."""
-
-    def __init__(self, path: str | None):
-        self.path = None if path is None or path == "-" else Path(path)
-        # Devices, pipes and links are written to, never replaced.
-        self.direct = (
-            self.path is not None
-            and (self.path.is_symlink() or self.path.exists())
-            and not (self.path.is_file() and not self.path.is_symlink())
-        )
-        if path == "" or (self.path is not None and self.path.is_dir()):
-            raise UsageError(f"--output {path!r} is no file that can be written")
-
-    def __enter__(self) -> TextIO:
-        if self.path is None:
-            return sys.stdout
-        self.temporary = self.path if self.direct else self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        try:
-            self.file = open(self.temporary, "w", encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"{self.path} can't be written: {error.strerror}") from None
-        return self.file
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if self.path is None:
-            return
-        try:
-            self.file.close()
-        except OSError as error:
-            if not self.direct:
-                self.temporary.unlink(missing_ok=True)
-            raise UsageError(f"{self.path} can't be written: {error.strerror}") from None
-        if self.direct:
-            return
-        if kind is None:
-            self.temporary.replace(self.path)
-        else:
-            self.temporary.unlink()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -136,3 +137,44 @@ def report(piece: Piece | None, seconds_to_load: float) -> None:
         f"ended by {reason}; peak memory {memory().peak / 1e9:.2f} GB",
         file=sys.stderr,
     )
+
+
+class Output:
+    """Standard output, or a file that appears under its name only when it is whole."""
+
+    def __init__(self, path: str | None):
+        self.path = None if path is None or path == "-" else Path(path)
+        # Devices, pipes and links are written to, never replaced.
+        self.direct = (
+            self.path is not None
+            and (self.path.is_symlink() or self.path.exists())
+            and not (self.path.is_file() and not self.path.is_symlink())
+        )
+        if path == "" or (self.path is not None and self.path.is_dir()):
+            raise UsageError(f"{path!r} is no file that can be written")
+
+    def __enter__(self) -> TextIO:
+        if self.path is None:
+            return sys.stdout
+        self.temporary = self.path if self.direct else self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        try:
+            self.file = open(self.temporary, "w", encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"{self.path} can't be written: {error.strerror}") from None
+        return self.file
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if self.path is None:
+            return
+        try:
+            self.file.close()
+        except OSError as error:
+            if not self.direct:
+                self.temporary.unlink(missing_ok=True)
+            raise UsageError(f"{self.path} can't be written: {error.strerror}") from None
+        if self.direct:
+            return
+        if kind is None:
+            self.temporary.replace(self.path)
+        else:
+            self.temporary.unlink()

@@ -117,7 +117,8 @@ def encode_rows(rows: Rows, tokenizer: Tokenizer, encoding: Encoding) -> tuple[l
     Raises DataError for a row that can't be encoded, one too long under the policy "error", and when nothing is left.
     """
     if rows.format not in _ENCODERS:
-        raise DataError(f"{rows.name}: rows of format {rows.format!r} are for preference learning, not for this")
+        purpose = "evaluation (mlxlm evaluate)" if rows.format == "choices" else "preference learning"
+        raise DataError(f"{rows.name}: rows of format {rows.format!r} are for {purpose}, not for this")
     report = Report(rows.name, encoding.truncation, encoding.max_length, rows=len(rows))
     examples: list[Example] = []
     for where, row in rows.rows:

@@ -27,6 +27,7 @@ class Format:
 FORMATS: dict[str, Format] = {
     "chat": Format(keys=("messages",), optional=("tools",)),
     "preference": Format(keys=("prompt", "chosen", "rejected")),
+    "choices": Format(keys=("prompt", "choices", "answer")),
     "completion": Format(keys=("prompt", "completion")),
     "classification": Format(keys=("text", "label"), optional=("pair",)),
     "tagging": Format(keys=("tokens", "labels")),
@@ -206,9 +207,22 @@ def _check_tagging(row: Row, where: str) -> None:
         raise DataError(f"{where}: every label must be text or a whole number")
 
 
+def _check_choices(row: Row, where: str) -> None:
+    _text(row, where, "prompt")
+    choices, answer = row["choices"], row["answer"]
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c.strip() for c in choices):
+        raise DataError(f"{where}: 'choices' must be a list of at least two texts, none of them empty")
+    if isinstance(answer, str) and choices.count(answer) != 1:
+        raise DataError(f"{where}: 'answer' {answer!r} must be one of the choices, once{nearest(answer, choices)}")
+    number = isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices)
+    if not number and not isinstance(answer, str):
+        raise DataError(f"{where}: 'answer' must be a choice, or its number from 0 to {len(choices) - 1}")
+
+
 _CHECKS: dict[str, Callable[[Row, str], None]] = {
     "chat": _check_chat,
     "preference": lambda row, where: _text(row, where, "prompt", "chosen", "rejected"),
+    "choices": _check_choices,
     "completion": lambda row, where: _text(row, where, "prompt", "completion"),
     "classification": _check_classification,
     "tagging": _check_tagging,

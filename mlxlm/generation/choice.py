@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import mlx.core as mx
-
+from mlxlm.data import Example
 from mlxlm.errors import PromptError, UsageError, nearest
-from mlxlm.generation.steps import check_generates, check_ids, pad
+from mlxlm.generation.scoring import Score, score_examples
+from mlxlm.generation.steps import check_generates
 
 if TYPE_CHECKING:
     from mlxlm.models import Transformer
@@ -55,65 +55,39 @@ def likelihoods(
         raise UsageError(f"unknown normalization {normalize!r}{nearest(normalize, NORMALIZATIONS)}")
     if isinstance(choices, str) or not choices:
         raise UsageError("choices is a list of at least one text")
-    if batch_size < 1:
-        raise UsageError(f"batch_size is {batch_size}, but must be at least 1")
     check_generates(model)
     if not context:
         raise PromptError("the context is empty")
     for number, choice in enumerate(choices, 1):
         if not choice:
             raise PromptError(f"choice {number} is empty")
-    sides = [_split(model, tokenizer, context, choice) for choice in choices]
-    for before, answer in sides:
-        check_ids(model, [*before, *answer])
-        _check_length(model, before, answer)
-    sums: list[float] = []
-    for first in range(0, len(sides), batch_size):
-        sums += _log_probabilities(model, sides[first : first + batch_size])
-    result = []
-    for choice, (_, answer), total in zip(choices, sides, sums, strict=True):
-        length = {"none": 1, "tokens": len(answer), "bytes": len(choice.encode())}[normalize]
-        result.append(Likelihood(text=choice, log_probability=total, num_tokens=len(answer), score=total / length))
-    return result
+    sides = [answer_example(model, tokenizer, context, choice) for choice in choices]
+    scores = score_examples(model, sides, batch_size=batch_size)
+    return [normalized(*one, normalize) for one in zip(choices, sides, scores, strict=True)]
 
 
-def _split(model: Transformer, tokenizer: Tokenizer, context: str, choice: str) -> tuple[list[int], list[int]]:
-    """Token ids before the choice and of the choice."""
+def normalized(text: str, example: Example, score: Score, normalize: Normalization) -> Likelihood:
+    """The likelihood of one choice: its score by its number of tokens, or of UTF-8 bytes of its text, or as it is."""
+    length = {"none": 1, "tokens": example.num_targets, "bytes": len(text.encode())}[normalize]
+    total = score.log_probability
+    return Likelihood(text=text, log_probability=total, num_tokens=example.num_targets, score=total / length)
+
+
+def answer_example(model: Transformer, tokenizer: Tokenizer, context: str, answer: str) -> Example:
+    """A context with an answer whose tokens are the targets, both of them not empty.
+
+    Raises PromptError when nothing stands before the first token of the answer.
+    """
     if model.config.has_memory:
-        return tokenizer.encode(context), tokenizer.encode(choice, add_special_tokens=False)
-    whole = tokenizer.encode(context + choice)
+        before = tokenizer.encode(context)
+        return Example(before, [False] * len(before), target=tokenizer.encode(answer, add_special_tokens=False))
+    whole = tokenizer.encode(context + answer)
     alone = tokenizer.encode(context)
     if whole[-1:] == alone[-1:] and whole[-1:] and whole[-1] in tokenizer.special_ids:
         whole, alone = whole[:-1], alone[:-1]  # a tokenizer that ends every text with a special token
-    # A word may be cut otherwise where a choice follows; what differs then counts as part of the choice.
+    # A word may be cut otherwise where an answer follows; what differs then counts as part of the answer.
     limit = min(len(alone), len(whole) - 1)
     shared = next((i for i in range(limit) if alone[i] != whole[i]), limit)
     if shared == 0:
         raise PromptError("the context has no token of its own before the choice, so nothing predicts its first token")
-    return whole[:shared], whole[shared:]
-
-
-def _check_length(model: Transformer, before: list[int], answer: list[int]) -> None:
-    limit = model.config.max_length
-    longest = max(len(before), len(answer)) if model.config.has_memory else len(before) + len(answer)
-    if limit is not None and longest > limit:
-        raise PromptError(f"context and choice have {longest} tokens, but the model's context is {limit}; shorten them")
-
-
-def _log_probabilities(model: Transformer, sides: Sequence[tuple[list[int], list[int]]]) -> list[float]:
-    """Of each answer as a whole. Logits are made of the answers' positions only, one answer at a time."""
-    if model.config.has_memory:
-        sources, lengths = pad([before for before, _ in sides])
-        inputs, _ = pad([[model.config.decoder_start, *answer[:-1]] for _, answer in sides])
-        hidden = model.hidden(sources, decoder_tokens=inputs, key_lengths=lengths)
-        starts = [0] * len(sides)
-    else:
-        tokens, lengths = pad([[*before, *answer[:-1]] for before, answer in sides])
-        hidden = model.hidden(tokens, key_lengths=lengths)
-        starts = [len(before) - 1 for before, _ in sides]
-    sums = []
-    for row, start, (_, answer) in zip(hidden, starts, sides, strict=True):
-        logits = model.logits(row[None, start : start + len(answer)])[0].astype(mx.float32)
-        chosen = mx.take_along_axis(logits, mx.array(answer)[:, None], axis=-1)[:, 0]
-        sums.append((chosen - mx.logsumexp(logits, axis=-1)).sum())
-    return mx.stack(sums).tolist()  # type: ignore[return-value]
+    return Example(whole, [False] * shared + [True] * (len(whole) - shared))

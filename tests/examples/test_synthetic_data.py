@@ -114,11 +114,11 @@ def test_the_script_writes_checks_and_tells_mistakes(tmp_path):
     assert (done.returncode, done.stdout) == (0, "train: 32 rows, valid: 4 rows, test: 4 rows\n")
     rows = [json.loads(line) for line in (tmp_path / "data" / "valid.jsonl").read_text().splitlines()]
     answers = tmp_path / "answers.jsonl"
-    answers.write_text("".join(json.dumps({**row, "answer": "positive"}) + "\n" for row in rows))
+    answers.write_text("".join(json.dumps({**row, "predicted": "positive"}) + "\n" for row in rows))
     good = sum(row["label"] == "positive" for row in rows)
     assert run("--check", str(answers)).stdout == f"{good} of 4 right, {good / 4:.1%}\n"
     answers.write_text(json.dumps(rows[0]) + "\n")
-    assert 'no "answer"' in run("--check", str(answers)).stderr
+    assert 'no "predicted"' in run("--check", str(answers)).stderr
     assert run("--rows", "3", "--output", str(tmp_path / "few")).returncode == 2
     with pytest.raises(ValueError, match="different rows"):
         generate.make_rows("text-to-text", 30_000)

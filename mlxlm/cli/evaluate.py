@@ -1,0 +1,137 @@
+"""`mlxlm evaluate`: how good a model is, on rows of data or on tasks of lm_eval."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlxlm.cli import options as opt
+from mlxlm.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from mlxlm.data import Rows
+
+
+def evaluate(
+    model: opt.Model,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="PATH", help="A .jsonl or .txt file, or a folder with test.jsonl."),
+    ] = None,
+    split: Annotated[str | None, typer.Option("--split", help="Of a folder: test (default), valid or train.")] = None,
+    adapter_path: opt.AdapterPath = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows at once; results don't depend on it.")] = 8,
+    window: Annotated[
+        int | None,
+        typer.Option("--max-seq-length", help="Tokens read at once; default the model's context, at most 2048."),
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option("--stride", help="Of text: tokens from window to window; default half a window.")
+    ] = None,
+    truncate: Annotated[bool, typer.Option("--truncate", help="Cut rows longer than the model's context.")] = False,
+    max_tokens: opt.MaxTokens = 256,
+    generate: Annotated[
+        bool, typer.Option("--generate/--no-generate", help="Also generate answers and count exact matches.")
+    ] = True,
+    normalize: Annotated[
+        str, typer.Option("--normalize", help="Likelihood of choices by length: none, tokens or bytes.")
+    ] = "bytes",
+    limit: Annotated[int | None, typer.Option("--limit", help="Only the first rows, or questions of a task.")] = None,
+    predictions: Annotated[
+        str | None, typer.Option("--predictions", metavar="FILE", help='JSONL of the rows with "predicted".')
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", help="Tasks of lm_eval, separated by commas, instead of --data.")
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option("--num-fewshot", help="Of tasks: examples before each.")] = None,
+    include_path: Annotated[str | None, typer.Option("--include-path", help="Of tasks: a folder with more.")] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Of tasks: give questions as chats.")
+    ] = False,
+    dtype: opt.Dtype = None,
+    revision: opt.Revision = None,
+) -> None:
+    """Measure a model: JSON on stdout, a table on stderr. What is measured follows from the rows:
+
+    {"text"}: perplexity and bits per byte.  {"text", "label"}, {"tokens", "labels"}: accuracy and F1.
+    {"prompt", "completion"}, {"messages"}, {"source", "target"}: perplexity of the answers, exact matches.
+    {"prompt", "choices", "answer"}, {"prompt", "chosen", "rejected"}: how often the right one is the likeliest.
+    """
+    if (data is None) == (tasks is None):
+        raise UsageError("give either --data or --tasks, one of both")
+    if limit is not None and limit < 1:
+        raise UsageError(f"--limit is {limit}, but must be at least 1")
+    start = time.perf_counter()
+    if tasks is not None:
+        foreign = {"--split": split, "--stride": stride, "--predictions": predictions}
+        for flag in (flag for flag, value in foreign.items() if value is not None):
+            raise UsageError(f"{flag} is for --data, not for --tasks")
+        from mlxlm.generation import Requests, run_harness
+
+        network, tokenizer = opt.load(model, dtype, revision, adapter_path)
+        requests = Requests(network, tokenizer, batch_size=batch_size, max_length=window, max_tokens=max_tokens)
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        found = run_harness(
+            requests, names, num_fewshot=num_fewshot, limit=limit, include_path=include_path, chat=apply_chat_template
+        )
+        _print({"model": model, "tasks": found}, start)
+        return
+    from mlxlm.generation import EvaluationSettings, as_predictions, evaluate_rows
+
+    settings = EvaluationSettings(
+        batch_size=batch_size, truncate=truncate, window=window, stride=stride, max_tokens=max_tokens,
+        generate=generate, normalize=normalize,  # type: ignore[arg-type]
+    )  # fmt: skip
+    rows = _rows(str(data), split, limit)
+    target = opt.Output(predictions) if predictions is not None else None  # refuses before anything is computed
+    if target is not None and rows.format == "text":
+        raise UsageError("--predictions is for rows that have an answer, not for text")
+    network, tokenizer = opt.load(model, dtype, revision, adapter_path)
+    scores = evaluate_rows(network, tokenizer, rows, settings)
+    if target is not None:
+        with target as file:
+            for row in as_predictions(rows, scores.predicted):
+                print(json.dumps(row, ensure_ascii=False), file=file)
+    for note in scores.notes:
+        print(f"note: {note}", file=sys.stderr)
+    _print({"model": model, "data": rows.name, "format": scores.format, "rows": scores.count, **scores.values}, start)
+
+
+def _rows(data: str, split: str | None, limit: int | None) -> Rows:
+    """The rows of a file, or of one split of a folder; a .txt file is one text."""
+    from mlxlm.data import Rows, Source, check_rows, find_splits, read_documents, read_rows, read_splits
+
+    path = Path(data)
+    if path.suffix == ".txt" and path.is_file():
+        texts = read_documents(Source(location=data), [path])
+        return check_rows(data, ((data, {"text": text}) for text in texts), limit)
+    if path.is_file():
+        if split is not None:
+            raise UsageError("--split is for a folder; --data is a file")
+        return read_rows(path, limit=limit)
+    found = read_splits(data) if data.startswith("hub:") else find_splits(path)
+    name = split or "test"
+    if name not in found:
+        raise UsageError(f"{data} has no split {name!r}{nearest(name, found)}; choose one with --split")
+    one = found[name]
+    return check_rows(f"{data}, {name}", one.rows, limit) if isinstance(one, Rows) else read_rows(one, limit=limit)
+
+
+def _print(result: dict[str, Any], start: float) -> None:
+    """The result as JSON on stdout, and as a table on stderr."""
+    from mlxlm.runtime import memory
+
+    rows = {name: value for name, value in result.items() if name != "tasks"}
+    for task, values in result.get("tasks", {}).items():
+        rows |= {f"{task} {name}": value for name, value in values.items() if name != "alias"}
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        shown = f"{value:.4f}" if isinstance(value, float) else value
+        print(f"{name.replace('_', ' '):{width}}  {shown}", file=sys.stderr)
+    print(f"{time.perf_counter() - start:.1f} s, peak memory {memory().peak / 1e9:.2f} GB", file=sys.stderr)
+    print(json.dumps(result, ensure_ascii=False, default=str))

@@ -68,19 +68,21 @@ class Stack(nn.Module):
             x: mx.array,
             memory: mx.array | None,
             prefix: list[mx.array | None] | None,
-            key: mx.array,
+            key: mx.array | None,
         ) -> mx.array:
             layer.update(own)
             if shared is not None:
                 shared.update(common)
+            given = replace(scope, prefix=None if prefix is None else Prefix(*prefix), _terms={})
+            if key is None:
+                return layer(x, given, None, memory)
             state = mx.random.state[0]
             before, state[:] = mx.array(state), mx.stop_gradient(key)  # the same dropout in both computations
-            given = None if prefix is None else Prefix(*prefix)
-            y = layer(x, replace(scope, prefix=given, _terms={}), None, memory)
+            y = layer(x, given, None, memory)
             state[:] = before
             return y
 
-        key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
+        key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32) if _drops(layer) else None
         common = {} if shared is None else shared.trainable_parameters()
         own = layer.trainable_parameters()
         y = mx.checkpoint(run)(own, common, x, memory, prefix, key)
@@ -89,6 +91,15 @@ class Stack(nn.Module):
         if shared is not None:
             shared.update(common)
         return y
+
+
+def _drops(layer: nn.Module) -> bool:
+    """Whether a layer leaves things out at random while it trains."""
+    rates = [
+        1 - m._p_1 if isinstance(m, nn.Dropout) else getattr(getattr(m, "spec", None), "dropout", 0)
+        for m in layer.modules()
+    ]
+    return layer.training and any(rate > 0 for rate in rates)
 
 
 class Transformer(nn.Module):

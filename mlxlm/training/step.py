@@ -19,6 +19,7 @@ from mlxlm.training.tasks import Task, regularised
 
 Arrays = dict[str, mx.array]
 
+_SMALL = 2**18  # elements of an array that is joined with others for the norm of the gradient
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
@@ -136,7 +137,7 @@ class Step:
             return mx.compile(function, inputs=captured, outputs=captured) if stateful else mx.compile(function)
 
         self._whole = finish(lambda batch: self._apply(self._sums(batch)))
-        self._first = finish(self._sums)
+        self._first = finish(self._begin)
         self._next = finish(self._add)
         self._update = finish(self._apply)
         self._measure = finish(self._loss_of(self._evaluated), stateful=False)
@@ -147,17 +148,27 @@ class Step:
         return {name: mx.array(array) for name, array in prepared.items()}
 
     def _loss_of(self, task: Task) -> Any:
-        def loss(parameters: Arrays, batch: Arrays) -> tuple[mx.array, mx.array]:
-            weights = [(name, array.astype(self.dtype)) for name, array in parameters.items()]
-            self.model.update(tree_unflatten(weights))
+        def loss(weights: Arrays, batch: Arrays) -> tuple[mx.array, mx.array]:
+            self.model.update(tree_unflatten(list(self._computed(weights).items())))
             return task.loss(self.model, batch)
 
         return loss
 
+    def _computed(self, weights: Arrays) -> Arrays:
+        """Weights in the dtype to compute in."""
+        return {name: array.astype(self.dtype) for name, array in weights.items()}
+
     def _sums(self, batch: Arrays) -> dict[str, Any]:
-        """Sum of losses, number of targets and gradient of the sum."""
-        (loss, count), gradients = mx.value_and_grad(self._loss_of(self.task))(self.state["parameters"], batch)
+        """Sum of losses, number of targets and gradient of the sum, in the dtype to compute in."""
+        weights = self._computed(self.state["parameters"])
+        (loss, count), gradients = mx.value_and_grad(self._loss_of(self.task))(weights, batch)
         return {"loss": loss, "count": count, "gradients": gradients}
+
+    def _begin(self, batch: Arrays) -> dict[str, Any]:
+        """The sums of the first of several batches, of which the gradient is kept in the dtype of the weights."""
+        sums = self._sums(batch)
+        weights = self.state["parameters"]
+        return sums | {"gradients": {n: array.astype(weights[n].dtype) for n, array in sums["gradients"].items()}}
 
     def _add(self, sums: dict[str, Any], batch: Arrays) -> dict[str, Any]:
         more = self._sums(batch)
@@ -167,15 +178,17 @@ class Step:
     def _apply(self, sums: dict[str, Any]) -> tuple[mx.array, mx.array, mx.array, mx.array]:
         """Divide by the number of all targets, clip, update; leave everything as it was when that isn't possible."""
         gradients, count = sums["gradients"], sums["count"]
-        squares = [array.astype(mx.float32).square().sum() for array in gradients.values()]
-        norm = mx.sqrt(mx.stack(squares).sum()) / mx.maximum(count, 1)
+        norm = mx.sqrt(_square_sum(list(gradients.values()))) / mx.maximum(count, 1)
         valid = mx.isfinite(norm) & (count > 0)
         scale = 1.0 / mx.maximum(count, 1)
         if self.settings.clip_norm is not None:
             scale = scale * mx.minimum(self.settings.clip_norm / (norm + 1e-6), 1.0)
-        gradients = {name: (array * scale).astype(array.dtype) for name, array in gradients.items()}
-        updated = self.optimizer.apply(gradients, self.state["parameters"], valid)
-        self.state["parameters"].update(updated)
+        parameters = self.state["parameters"]
+        gradients = {
+            name: (array.astype(mx.float32) * scale).astype(parameters[name].dtype) for name, array in gradients.items()
+        }
+        updated = self.optimizer.apply(gradients, parameters, valid)
+        parameters.update(updated)
         decay = self.settings.ema_decay
         if decay is not None:
             average = self.state["average"]
@@ -194,6 +207,22 @@ class Step:
         for name, array in frozen:
             mx.eval(array)
             self.model.update(tree_unflatten([(name, array)]))
+
+
+def _square_sum(arrays: list[mx.array]) -> mx.array:
+    """The sum of all squares, float32. Small arrays are joined first: one short operation for each instead of three,
+    which decides the speed of a step with hundreds of adapters.
+    """
+    small: dict[mx.Dtype, list[mx.array]] = {}
+    total = mx.zeros(())
+    for array in arrays:
+        if array.size <= _SMALL:
+            small.setdefault(array.dtype, []).append(array.reshape(-1))
+        else:
+            total = total + array.astype(mx.float32).square().sum()
+    for parts in small.values():
+        total = total + mx.concatenate(parts).astype(mx.float32).square().sum()
+    return total
 
 
 def _dtype_of(model: Transformer) -> mx.Dtype:

@@ -107,6 +107,8 @@ class WordLoss:
             z_loss=self.z_loss,
             reduction="sum",
             weight_gradient=head.trainable,
+            # In a training step the gradient is sure to be asked for.
+            one_pass=model.training and not (head.trainable or head.learns_bias or head.shard),
             chunk=self.chunk,
             shard=head.shard,
         )

@@ -66,8 +66,8 @@ def test_the_reference_is_the_definition(options):
     np.testing.assert_allclose(np.array(got), loss64(arrays, targets, **options), rtol=1e-5, atol=1e-6)
 
 
-def assert_matches_the_reference(arrays, targets, fixed, options, tolerance=1e-5) -> None:
-    """Losses and gradients of `arrays`; `fixed` holds what is not differentiated."""
+def assert_matches_the_reference(arrays, targets, fixed, options, tolerance=1e-5, **how) -> None:
+    """Losses and gradients of `arrays`; `fixed` holds what is not differentiated, `how` further arguments of ours."""
     weights = mx.cos(mx.arange(N))  # every token has a cotangent of its own
 
     def loss(function, **more):
@@ -79,7 +79,7 @@ def assert_matches_the_reference(arrays, targets, fixed, options, tolerance=1e-5
 
     (_, expected), expected_gradients = loss(reference_linear_cross_entropy)
     for chunk in (1, 37, V, 1000):
-        (_, got), gradients = loss(fused_linear_cross_entropy, chunk=chunk)
+        (_, got), gradients = loss(fused_linear_cross_entropy, chunk=chunk, **how)
         np.testing.assert_allclose(np.array(got), np.array(expected), rtol=tolerance, atol=tolerance)
         for name, gradient in gradients.items():
             assert gradient.dtype == arrays[name].dtype
@@ -133,6 +133,69 @@ def test_a_frozen_head_has_no_gradient_but_the_hidden_states_do():
     assert (frozen["weight"] == 0).all().item()
     assert mx.allclose(frozen["hidden"], trained["hidden"]).item()
     assert mx.abs(trained["weight"]).max().item() > 0
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
+def test_one_pass_over_a_frozen_head_matches_the_reference(options, with_bias):
+    arrays, targets = problem()
+    fixed = {"weight": arrays["weight"]} | ({"bias": arrays["bias"]} if with_bias else {})
+    hidden = {"hidden": arrays["hidden"]}
+    assert_matches_the_reference(hidden, targets, fixed, options, one_pass=True, weight_gradient=False)
+
+
+def test_one_pass_over_a_quantized_head_matches_the_reference():
+    arrays, targets = problem()
+    head = QuantizedWeight(*mx.quantize(arrays["weight"], group_size=32, bits=8), 32, 8)
+    hidden = {"hidden": arrays["hidden"]}
+    assert_matches_the_reference(hidden, targets, {"weight": head}, OPTIONS["everything"], one_pass=True)
+
+
+def test_one_pass_in_sixteen_bits_as_on_gpus(monkeypatch):
+    monkeypatch.setattr(cross_entropy.runtime, "backend", lambda: "cuda")
+    arrays, targets = problem(mx.bfloat16)
+    hidden, fixed = {"hidden": arrays["hidden"]}, {"weight": arrays["weight"]}
+    options = OPTIONS["everything"]
+    assert_matches_the_reference(hidden, targets, fixed, options, 0.05, one_pass=True, weight_gradient=False)
+
+
+def test_one_pass_gives_ignored_tokens_no_gradient_even_where_logits_overflow():
+    arrays, targets = problem()
+    hidden = mx.where((targets == IGNORED)[:, None], mx.inf, arrays["hidden"])
+
+    def loss(hidden):
+        return fused_linear_cross_entropy(
+            hidden, arrays["weight"], targets, weight_gradient=False, one_pass=True, chunk=30
+        )
+
+    value, gradient = mx.value_and_grad(loss)(hidden)
+    assert mx.isfinite(value).item()
+    assert (gradient[3] == 0).all().item()
+    assert mx.isfinite(gradient).all().item()
+
+
+def test_one_pass_makes_no_more_logits_at_once_than_chunks_of_words(monkeypatch):
+    shapes = []
+    plain = cross_entropy._Head._logits
+    monkeypatch.setattr(
+        cross_entropy._Head, "_logits",
+        lambda self, state, words: shapes.append((state["hidden"].shape[0], words[1] - words[0])) or plain(
+            self, state, words
+        ),
+    )  # fmt: skip
+    arrays, targets = problem()
+    fused_linear_cross_entropy(
+        arrays["hidden"], arrays["weight"], targets, weight_gradient=False, one_pass=True, chunk=50
+    )
+    assert [rows for rows, _ in shapes] == [3, 3, 3, 2]
+    assert {words for _, words in shapes} == {V}
+    assert max(rows * words for rows, words in shapes) <= 50 * N
+
+
+def test_one_pass_needs_a_frozen_head():
+    arrays, targets = problem()
+    with pytest.raises(UsageError, match="one_pass is for a frozen head"):
+        fused_linear_cross_entropy(**arrays, targets=targets, one_pass=True)
 
 
 def test_reductions_and_shapes():

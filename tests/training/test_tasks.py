@@ -12,7 +12,7 @@ from training_runs import CONFIG, Rows, tiny_model
 from mlxlm import peft
 from mlxlm.errors import DataError, UnsupportedModelError, UsageError
 from mlxlm.models import load_model
-from mlxlm.training import LabelLoss, Step, TrainSettings, WordLoss
+from mlxlm.training import LabelLoss, Step, TrainSettings, WordLoss, tasks
 
 
 def reference(logits, targets, smoothing=0.0, z_loss=0.0):
@@ -48,6 +48,32 @@ def test_the_loss_is_that_of_the_models_logits(tied, quantized):
     assert value(WordLoss(label_smoothing=0.1).for_evaluation(), model, batch)[0] == pytest.approx(
         reference(logits, batch["targets"]), rel=1e-4
     )
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_in_training_a_frozen_head_gives_its_gradient_with_the_loss(frozen, monkeypatch):
+    asked = []
+    kernel = tasks.fused_linear_cross_entropy
+    monkeypatch.setattr(
+        tasks, "fused_linear_cross_entropy", lambda *a, **k: asked.append(k["one_pass"]) or kernel(*a, **k)
+    )
+    model = tiny_model(tie_word_embeddings=True)
+    if frozen:
+        model.embeddings.freeze()
+    batch = Rows().next()
+    gradients = {}
+    for training in (True, False):
+        model.train(training)
+        arrays = {name: mx.array(array) for name, array in WordLoss().prepare(batch).items()}
+
+        def loss(parameters, arrays=arrays):
+            model.update(parameters)
+            return WordLoss().loss(model, arrays)[0]
+
+        gradients[training] = mx.grad(loss)(model.trainable_parameters())
+    assert asked == [frozen, False]
+    for (name, one), (_, two) in zip(tree_flatten(gradients[True]), tree_flatten(gradients[False]), strict=True):
+        np.testing.assert_allclose(np.array(one), np.array(two), rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_logits_are_made_at_the_few_places_that_have_a_target():

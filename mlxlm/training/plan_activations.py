@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from mlxlm import runtime
-from mlxlm.kernels.attention.plan import device_profile
+from mlxlm.kernels.attention.device import device_profile
 from mlxlm.layers import AttentionSpec, BlockSpec, FeedForwardSpec, ParallelBlockSpec
 from mlxlm.models.config import StackSpec, TransformerConfig
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from mlxlm.kernels import AttentionMask, attention
 from mlxlm.kernels.attention import tiled
-from mlxlm.kernels.attention.plan import CPU, CUDA, HeadGroup, ranges
+from mlxlm.kernels.attention.blocks import HeadGroup, ranges
+from mlxlm.kernels.attention.device import CPU, CUDA
 
 MODIFIERS = tuple(modifiers(1, 1, 1))
 MLX_MODIFIERS = tuple(name for name in MODIFIERS if name not in ("softcap", "dropout"))

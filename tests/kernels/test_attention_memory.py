@@ -8,7 +8,7 @@ import pytest
 from mlxlm import runtime
 from mlxlm.kernels import AttentionMask, attention
 from mlxlm.kernels.attention import tiled
-from mlxlm.kernels.attention.plan import CPU
+from mlxlm.kernels.attention.device import CPU
 
 pytestmark = pytest.mark.skipif(
     runtime.backend() != "cpu", reason="GPUs run ahead, so peaks of small problems say nothing; tools/benchmarks does"

@@ -16,8 +16,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlxlm.kernels.attention import AttentionMask, metal
+from mlxlm.kernels.attention.device import DeviceProfile, metal_profile
 from mlxlm.kernels.attention.metal import source
-from mlxlm.kernels.attention.plan import DeviceProfile, metal_profile
 from tools.metal_emulator import compiler
 from tools.metal_emulator.session import Metal, emulated_metal
 

@@ -13,9 +13,9 @@ import mlx.core as mx
 from mlxlm import runtime
 from mlxlm.errors import AttentionError, nearest
 from mlxlm.kernels.attention import fused, tuning
+from mlxlm.kernels.attention.device import device_profile
 from mlxlm.kernels.attention.mask import AttentionMask
-from mlxlm.kernels.attention.plan import AttentionProblem, device_profile
-from mlxlm.kernels.attention.problem import describe
+from mlxlm.kernels.attention.problem import AttentionProblem, describe
 
 _MODULES = {"metal": "metal", "mlx": "fused", "tiled": "tiled", "reference": "reference"}
 IMPLEMENTATIONS = tuple(_MODULES)

@@ -18,10 +18,12 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlxlm import runtime
+from mlxlm.kernels.attention.blocks import HeadGroup, head_groups
+from mlxlm.kernels.attention.device import device_profile
 from mlxlm.kernels.attention.dropout import keep_mask
+from mlxlm.kernels.attention.launches import Range
 from mlxlm.kernels.attention.mask import AttentionMask
-from mlxlm.kernels.attention.plan import AttentionProblem, HeadGroup, Range, device_profile, head_groups
-from mlxlm.kernels.attention.problem import describe
+from mlxlm.kernels.attention.problem import AttentionProblem, describe
 from mlxlm.kernels.exponential import exp
 
 Arrays = dict[str, mx.array]

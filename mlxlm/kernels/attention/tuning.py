@@ -20,7 +20,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlxlm.kernels.attention.plan import AttentionProblem
+from mlxlm.kernels.attention.problem import AttentionProblem
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlxlm import runtime
+from mlxlm.kernels.attention.device import device_profile
 from mlxlm.kernels.attention.mask import AttentionMask
 from mlxlm.kernels.attention.metal.launch import Launcher
 from mlxlm.kernels.attention.metal.operands import Arrays, constant_arrays
 from mlxlm.kernels.attention.metal.source import MIN_HEAD_DIM, features
-from mlxlm.kernels.attention.plan import MAX_HEAD_DIM, AttentionProblem, device_profile, plan
-from mlxlm.kernels.attention.problem import describe
+from mlxlm.kernels.attention.plan import MAX_HEAD_DIM, plan
+from mlxlm.kernels.attention.problem import AttentionProblem, describe
 
 __all__ = ["attention", "available", "serves"]
 

@@ -118,7 +118,7 @@
         const float weight = fast::exp2(scores[n][e] - maximum);
         tile_sum += weight;
 #if HAS_DROPOUT
-        scores[n][e] = dropped(weight, row.dropout, first_key + 8 * n + lane_column + e);
+        scores[n][e] = dropped(weight, row.dropout, first_key + 8 * n + lane_column + e, terms);
 #else
         scores[n][e] = weight;
 #endif

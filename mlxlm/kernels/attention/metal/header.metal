@@ -227,6 +227,9 @@ struct ScoreTerms {
   int64_t bias_query_stride;
   int64_t bias_key_stride;
 #endif
+#if HAS_DROPOUT
+  uint dropout_key_origin;  // number of the first key in the whole call, of which this launch may see a part
+#endif
 };
 
 // What belongs to one query of that head. index never leaves the array: rows past its end repeat the last query.
@@ -361,8 +364,9 @@ METAL_FUNC uint dropout_row(uint key_0, uint key_1, uint head, uint query) {
 
 #if HAS_DROPOUT
 // A weight or its gradient after dropout.
-METAL_FUNC float dropped(float x, uint row, int key) {
-  return dropout_mix(row ^ (uint(key) * 0x9E3779B9u)) >= DROPOUT_THRESHOLD ? x * DROPOUT_SCALE : 0.0f;
+METAL_FUNC float dropped(float x, uint row, int key, const thread ScoreTerms& terms) {
+  const uint number = terms.dropout_key_origin + uint(key);
+  return dropout_mix(row ^ (number * 0x9E3779B9u)) >= DROPOUT_THRESHOLD ? x * DROPOUT_SCALE : 0.0f;
 }
 #endif
 
@@ -385,8 +389,8 @@ METAL_FUNC ElementGradient element_gradient(
   ElementGradient result;
   result.weight = weight;
 #if HAS_DROPOUT
-  result.weight = dropped(weight, row.dropout, key);
-  weight_gradient = dropped(weight_gradient, row.dropout, key);
+  result.weight = dropped(weight, row.dropout, key, terms);
+  weight_gradient = dropped(weight_gradient, row.dropout, key, terms);
 #endif
   result.score = weight * (weight_gradient - delta);
   result.product = result.score * cap_slope;

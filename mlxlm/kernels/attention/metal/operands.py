@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlxlm.kernels.attention.launches import Part
 from mlxlm.kernels.attention.mask import AttentionMask
-from mlxlm.kernels.attention.plan import AttentionProblem
+from mlxlm.kernels.attention.problem import AttentionProblem
 
 Arrays = dict[str, mx.array]
 
 # MLX hands arrays of fewer than 8 elements to a kernel in `constant` memory, larger ones in `device` memory. One text
 # can't have both, and a text that changed with the batch size would compile twice: so nothing is smaller than this.
 _LEAST_ELEMENTS = 8
+
+_BATCH_FIRST = ("row_bounds", "prefix", "query_segments", "key_segments", "query_offset")
+_HEADS_FIRST = ("alibi_slopes", "relative_bias", "sinks")
+_BATCH_HEADS_QUERIES = ("query", "out", "output_gradient", "lse", "lse_gradient", "delta", "bias")
 
 
 def constant_arrays(problem: AttentionProblem, mask: AttentionMask, dropout_key: mx.array | None) -> Arrays:
@@ -34,16 +39,71 @@ def constant_arrays(problem: AttentionProblem, mask: AttentionMask, dropout_key:
             arrays["query_segments"], arrays["key_segments"] = mask.query_segments, mask.key_segments
             first, last = segment_ranges(mask.query_segments, mask.key_segments)
             low, high = mx.maximum(low, first), mx.minimum(high, last + 1)
-        # A query that sees nothing must not widen what its block sees: its range ends before every other begins.
-        empty = low >= high
-        low, high = mx.where(empty, key_length, low), mx.where(empty, 0, high)
-        arrays["row_bounds"] = mx.stack([low, high], axis=-1)
+        arrays["row_bounds"] = _row_bounds(low, high, key_length)
     if problem.alibi:
         offset = mask.offset(query_length, key_length)
         arrays["query_offset"] = mx.array([offset], dtype=mx.int32) if isinstance(offset, int) else offset.reshape(-1)
     if dropout_key is not None and problem.dropout:
         arrays["dropout_key"] = dropout_key
     return arrays
+
+
+def _row_bounds(low: mx.array, high: mx.array, key_length: int) -> mx.array:
+    """Ranges of keys low .. high - 1, one array each, in one array (..., 2)."""
+    # A query that sees nothing must not widen what its block sees: its range ends before every other begins.
+    empty = low >= high
+    return mx.stack([mx.where(empty, key_length, low), mx.where(empty, 0, high)], axis=-1)
+
+
+def part_of(arrays: Arrays, part: Part, problem: AttentionProblem) -> Arrays:
+    """The arrays of a call as those of the smaller call that a part of it is; dropout_key becomes dropout_words.
+
+    dropout_words (8,): the key, and what numbers of the whole call the part's first row of the batch, first head, first
+    query and first key have; in the middle the number of heads. See dropout.py.
+    """
+    found = dict(arrays)
+    if part != Part.whole(problem):
+        found |= _cut(arrays, part, problem)
+    if "dropout_key" in arrays:
+        first_head = part.kv_heads[0] * problem.group
+        places = (part.batch[0], problem.heads, first_head, part.queries[0], part.keys[0], 0)
+        found["dropout_words"] = mx.concatenate([arrays["dropout_key"], mx.array(places, dtype=mx.uint32)])
+    return found
+
+
+def _cut(arrays: Arrays, part: Part, problem: AttentionProblem) -> Arrays:
+    """The arrays with the part's rows of the batch, heads, queries and keys: views, but for small integer arrays.
+
+    Queries and keys count from the first of the part, so whatever says where a key is, or how far, is shifted.
+    """
+    batch, queries, keys = slice(*part.batch), slice(*part.queries), slice(*part.keys)
+    heads = slice(*(end * problem.group for end in part.kv_heads))
+    along = {"row_bounds": queries, "query_segments": queries, "key_segments": keys}
+    found = {}
+    for name, array in arrays.items():
+        if name in _BATCH_HEADS_QUERIES:
+            found[name] = array[batch, heads, queries]
+        elif name in ("key", "value"):
+            found[name] = array[batch, slice(*part.kv_heads), keys]
+        elif name in _HEADS_FIRST:
+            found[name] = array[heads]
+        elif name in _BATCH_FIRST:
+            array = array[batch] if array.shape[0] > 1 else array
+            found[name] = array[:, along[name]] if name in along else array
+    if "bias" in found:
+        found["bias"] = found["bias"][..., keys]
+    if "relative_bias" in found:  # diagonal number j - i + Lq - 1
+        first = keys.start - (queries.stop - 1) + problem.query_length - 1
+        found["relative_bias"] = found["relative_bias"][:, first : keys.stop - queries.start + problem.query_length - 1]
+    if "query_offset" in found:
+        found["query_offset"] = found["query_offset"] + (queries.start - keys.start)
+    length = keys.stop - keys.start
+    if "row_bounds" in found and length != problem.key_length:
+        bounds = mx.clip(found["row_bounds"] - keys.start, 0, length)
+        found["row_bounds"] = _row_bounds(bounds[..., 0], bounds[..., 1], length)
+    if "prefix" in found:
+        found["prefix"] = mx.clip(found["prefix"] - keys.start, 0, length)
+    return found
 
 
 def segment_ranges(query_segments: mx.array, key_segments: mx.array) -> tuple[mx.array, mx.array]:
@@ -94,10 +154,6 @@ def readable(array: mx.array) -> mx.array:
     return flat
 
 
-def strided_bias(bias: mx.array, shape: tuple[int, int, int, int]) -> mx.array:
-    """A dense bias as a view of shape (B, H, Lq, Lk), in device memory; broadcast axes have stride 0."""
-    bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
-    if shape[0] * shape[1] * shape[2] * shape[3] < _LEAST_ELEMENTS:
-        bias = mx.broadcast_to(bias, shape)
-        return mx.pad(bias, [(0, 0), (0, 0), (0, 0), (0, _LEAST_ELEMENTS)])
-    return mx.broadcast_to(bias, shape)
+def readable_bias(bias: mx.array) -> mx.array:
+    """A bias (B, H, Lq, Lk), usually a broadcast view with strides of 0, in device memory."""
+    return bias if bias.size >= _LEAST_ELEMENTS else mx.pad(bias, [(0, 0), (0, 0), (0, 0), (0, _LEAST_ELEMENTS)])

@@ -11,5 +11,5 @@
 #if HAS_DROPOUT
   row.dropout = dropout_row(
       dropout_words[0], dropout_words[1], (batch + dropout_words[2]) * dropout_words[3] + head + dropout_words[4],
-      uint(row.index));
+      dropout_words[5] + uint(row.index));
 #endif

@@ -21,3 +21,6 @@
   terms.bias_query_stride = bias_strides[2];
   terms.bias_key_stride = bias_strides[3];
 #endif
+#if HAS_DROPOUT
+  terms.dropout_key_origin = dropout_words[6];
+#endif

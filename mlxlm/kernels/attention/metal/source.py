@@ -16,7 +16,8 @@ from typing import Any
 import mlx.core as mx
 
 from mlxlm.kernels.attention.dropout import threshold
-from mlxlm.kernels.attention.plan import AttentionProblem, KernelTile
+from mlxlm.kernels.attention.problem import AttentionProblem
+from mlxlm.kernels.attention.tile import KernelTile
 
 MIN_HEAD_DIM = 8  # below this an array of queries could be so small that MLX passes it in another address space
 _FOLDER = Path(__file__).parent

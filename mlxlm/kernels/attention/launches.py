@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from mlxlm.kernels.attention.device import DeviceProfile
 from mlxlm.kernels.attention.problem import AttentionProblem
@@ -21,17 +22,16 @@ DELTA_ROWS = 8  # rows of a threadgroup of the delta kernel, one simdgroup each
 
 Range = tuple[int, int]
 
-# The axes that a kernel's launches may be cut along, first the ones that cost least.
-_OF_QUERIES = ("batch", "kv_heads", "queries")
-_OF_KEYS = ("batch", "kv_heads", "keys")
+# The axes that a kernel's launches may be cut along, first the ones that cost least: what parts of an axis give is
+# joined where the result has that axis, else added up.
 AXES = {
-    "forward": _OF_QUERIES,
-    "delta": _OF_QUERIES,
-    "query_gradient": _OF_QUERIES,
-    "key_value_gradient": _OF_KEYS,
-    "bias_gradient": (*_OF_QUERIES, "keys"),
+    "forward": ("batch", "kv_heads", "queries"),
+    "delta": ("batch", "kv_heads", "queries"),
+    "query_gradient": ("batch", "kv_heads", "queries", "keys"),
+    "key_value_gradient": ("batch", "kv_heads", "keys", "queries"),
+    "bias_gradient": ("batch", "kv_heads", "queries", "keys"),
     "relative_bias_gradient": ("kv_heads", "batch", "queries"),
-    "decode": _OF_KEYS,
+    "decode": ("batch", "kv_heads", "keys"),
 }
 
 
@@ -73,17 +73,26 @@ class Split:
         ]
 
 
+@lru_cache(maxsize=1024)
 def split_of(kernel: str, problem: AttentionProblem, tile: KernelTile | None, device: DeviceProfile) -> Split:
-    """The fewest launches of a kernel that stay below DISPATCH_SECONDS each, as far as its axes can be cut."""
+    """Launches of a kernel, few of them, that stay below DISPATCH_SECONDS each as far as its axes can be cut."""
+
+    def longest(split: Split) -> float:
+        return max(seconds(kernel, problem, tile, device, part) for part in split.parts(problem, tile))
+
     split, units = Split(), _units(problem, tile)
+    now = longest(split)
     for axis in AXES[kernel]:
-        most = units[axis][0]
-        while (parts := getattr(split, axis)) < most:
-            part = max(split.parts(problem, tile), key=lambda part: seconds(kernel, problem, tile, device, part))
-            excess = seconds(kernel, problem, tile, device, part) / DISPATCH_SECONDS
-            if excess <= 1.0:
-                return split
-            split = replace(split, **{axis: min(most, max(parts + 1, int(parts * excess)))})
+        count = units[axis][0]
+        while now > DISPATCH_SECONDS and (parts := getattr(split, axis)) < count:
+            largest = -(-count // parts)
+            smaller = max(1, min(largest - 1, int(largest * DISPATCH_SECONDS / now)))
+            finer = replace(split, **{axis: -(-count // smaller)})
+            before, now = now, longest(finer)
+            if now > before * (1 - 1e-6):  # too few threadgroups are left for all cores: finer parts take as long
+                now = before
+                break
+            split = finer
     return split
 
 
@@ -95,7 +104,8 @@ def seconds(
     heads, d, e = kv_heads * problem.group, problem.head_dim, problem.value_dim
     pairs = batch * heads * visible_pairs(problem, part.queries, part.keys)
     together = tile.block_queries // problem.query_length if kernel == "decode" and tile else problem.group
-    elements = batch * (heads * queries + kv_heads * problem.group // together * keys) * (d + e)
+    keys_read = 0 if kernel == "delta" else kv_heads * problem.group // together * keys
+    elements = batch * (heads * queries + keys_read) * (d + e)
     widths = {
         "forward": d + e, "query_gradient": 2 * d + e, "key_value_gradient": 2 * (d + e), "bias_gradient": d + e,
         "relative_bias_gradient": d + e, "decode": d + e, "delta": 0,

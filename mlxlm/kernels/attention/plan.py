@@ -8,7 +8,7 @@ Register counts and speeds are estimates: only a Mac can confirm them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from mlxlm.errors import AttentionError
@@ -22,7 +22,8 @@ from mlxlm.kernels.attention.tile import FRAGMENT, SIMD_WIDTH, THREADGROUP_BYTES
 class TilePlan:
     """All kernel shapes of one problem on one device, and the launches of each kernel.
 
-    decode is None for more than MAX_DECODE_ROWS rows.  splits: by the name of a kernel's text.
+    decode is None for more than MAX_DECODE_ROWS rows; else it takes the place of forward.
+    splits: launches by the name of a kernel's text, where they are not to be those that `split_of` finds.
     """
 
     problem: AttentionProblem
@@ -31,16 +32,27 @@ class TilePlan:
     dq: KernelTile
     dkdv: KernelTile
     decode: KernelTile | None
-    splits: Mapping[str, Split]
+    splits: Mapping[str, Split] = field(default_factory=dict)
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The kernels that the call may run, by the names of their texts."""
+        other = "forward" if self.decode else "decode"
+        return tuple(kernel for kernel in AXES if kernel != other)
 
     def tile(self, kernel: str) -> KernelTile | None:
-        """The shape of a kernel by the name of its text; None for delta, which has none."""
-        shapes = {"forward": self.forward, "key_value_gradient": self.dkdv, "decode": self.decode, "delta": None}
-        return shapes.get(kernel, self.dq)
+        """The shape of a kernel by the name of its text; None for those that have no tiles."""
+        shapes = {"forward": self.forward, "key_value_gradient": self.dkdv, "decode": self.decode}
+        shapes |= dict.fromkeys(("query_gradient", "bias_gradient", "relative_bias_gradient"), self.dq)
+        return shapes.get(kernel)
+
+    def split(self, kernel: str) -> Split:
+        """The launches of a kernel."""
+        return self.splits.get(kernel) or split_of(kernel, self.problem, self.tile(kernel), self.device)
 
     def parts(self, kernel: str) -> list[Part]:
         """What each launch of a kernel works on."""
-        return self.splits[kernel].parts(self.problem, self.tile(kernel))
+        return self.split(kernel).parts(self.problem, self.tile(kernel))
 
     def threadgroup_bytes(self, kernel: str) -> int:
         """Threadgroup memory that a kernel declares, of two passes that of the larger one."""
@@ -116,12 +128,9 @@ def plan(problem: AttentionProblem, device: DeviceProfile) -> TilePlan:
     """
     decode = _decode_tile(problem, device) if problem.query_length <= MAX_DECODE_ROWS else None
     forward, dq, dkdv = (_tile(kernel, problem, device) for kernel in ("forward", "dq", "dkdv"))
-    planned = TilePlan(problem=problem, device=device, forward=forward, dq=dq, dkdv=dkdv, decode=decode, splits={})
-    names = [name for name in AXES if name != "decode" or decode]
-    splits = {name: split_of(name, problem, planned.tile(name), device) for name in names}
-    if decode is not None and splits["decode"].keys > 1 and decode.splits == 1:
+    if decode and decode.splits == 1 and split_of("decode", problem, decode, device).keys > 1:
         decode = replace(decode, splits=2)  # an unsplit range of keys gives final results, a part of one must not
-    return replace(planned, decode=decode, splits=splits)
+    return TilePlan(problem=problem, device=device, forward=forward, dq=dq, dkdv=dkdv, decode=decode)
 
 
 def _tile(kernel: str, problem: AttentionProblem, device: DeviceProfile) -> KernelTile:

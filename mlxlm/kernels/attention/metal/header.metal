@@ -190,14 +190,21 @@ METAL_FUNC void accumulate(
   }
 }
 
+// Results that are sums over all launches come from each in float32.
+#if PARTIAL
+typedef float result_t;
+#else
+typedef element_t result_t;
+#endif
+
 // Writes eight rows of a result, this lane's part of them, times `factor`; `target` points at the lane's row.
 template <int WIDTH>
-METAL_FUNC void store_row(device element_t* target, const thread float2* sums, float factor, uint lane) {
+METAL_FUNC void store_row(device result_t* target, const thread float2* sums, float factor, uint lane) {
   UNROLL
   for (int d = 0; d < (WIDTH + 7) / 8; ++d) {
     const int column = 8 * d + fragment_column(lane);
-    if (column < WIDTH) target[column] = element_t(sums[d].x * factor);
-    if (column + 1 < WIDTH) target[column + 1] = element_t(sums[d].y * factor);
+    if (column < WIDTH) target[column] = result_t(sums[d].x * factor);
+    if (column + 1 < WIDTH) target[column + 1] = result_t(sums[d].y * factor);
   }
 }
 

@@ -62,7 +62,7 @@ class Launcher:
         axes = {"query": _ROWS, "alibi_slopes": _HEAD_ROWS, "key": (0, 2, None, 1), "value": (0, 2, None, 1)}
         gradients = self._split("query_gradient", arrays, self._query_gradient, axes)
         gradients |= self._split("key_value_gradient", arrays, self._key_value_gradient, axes)
-        gradients |= {name: gradients[name].transpose(0, 2, 1, 3) for name in _MATRICES}
+        gradients |= {name: gradients[name].astype(inputs[name].dtype).transpose(0, 2, 1, 3) for name in _MATRICES}
         if self.features.alibi:
             gradients["alibi_slopes"] = gradients["alibi_slopes"].sum((0, 2))
         if self.features.relative_bias:
@@ -185,10 +185,11 @@ class Launcher:
         return {"delta": delta}
 
     def _query_gradient(self, arrays: Arrays, part: Part) -> Arrays:
-        shape = Shape.of(self.plan.dq)
+        shape = Shape.of(self.plan.dq, partial=self.plan.split("query_gradient").keys > 1)
         batch, heads, length, width = arrays["query"].shape
         blocks = -(-length // shape.block_queries)
-        outputs: Outputs = {"query_gradient": ((batch, length, heads, width), arrays["query"].dtype)}
+        dtype = mx.float32 if shape.partial else arrays["query"].dtype
+        outputs: Outputs = {"query_gradient": ((batch, length, heads, width), dtype)}
         if self.features.alibi:
             outputs["slope_gradient"] = ((batch, heads, blocks), mx.float32)
         found = self._launch(
@@ -202,13 +203,16 @@ class Launcher:
         batch, heads, length, width = arrays["key"].shape
         grid = (-(-length // tile.block_keys), heads, batch)
         arrays = self._with_block_bounds(arrays, tile.block_queries)
-        dtype = arrays["key"].dtype
+        partial = self.plan.split("key_value_gradient").queries > 1
+        dtype = mx.float32 if partial else arrays["key"].dtype
         key = {"key_gradient": ((batch, length, heads, width), dtype)}
         value = {"value_gradient": ((batch, length, heads, self.features.value_dim), dtype)}
         if tile.passes == 1:
-            found = self._launch("key_value_gradient", Shape.of(tile), arrays, _BACKWARD, key | value, grid)
+            shape = Shape.of(tile, partial=partial)
+            found = self._launch("key_value_gradient", shape, arrays, _BACKWARD, key | value, grid)
         else:
-            only_key, only_value = Shape.of(tile, compute_dv=False), Shape.of(tile, compute_dk=False)
+            only_key = Shape.of(tile, partial=partial, compute_dv=False)
+            only_value = Shape.of(tile, partial=partial, compute_dk=False)
             found = self._launch("key_value_gradient", only_key, arrays, _BACKWARD, key, grid)
             found += self._launch("key_value_gradient", only_value, arrays, _BACKWARD, value, grid)
         return dict(zip(("key", "value"), found, strict=True))

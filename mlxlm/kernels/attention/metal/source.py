@@ -145,6 +145,7 @@ class Shape:
     query_rows: int = 0
     heads_together: int = 1
     splits: int = 1
+    partial: bool = False
 
     @staticmethod
     def of(tile: KernelTile, **more: Any) -> Shape:
@@ -165,7 +166,7 @@ class Shape:
 # Shape fields that the texts test with #if.
 _SHAPE_MACROS = (
     "rows_in_registers", "streamed_tiles", "compute_dk", "compute_dv", "reduce_batch", "reduce_heads",
-    "reduce_queries", "reduce_keys", "splits",
+    "reduce_queries", "reduce_keys", "splits", "partial",
 )  # fmt: skip
 
 

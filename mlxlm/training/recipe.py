@@ -55,6 +55,7 @@ _MAY_CHANGE = (
     "training.evaluate_every",
     "training.patience",
     "training.keep_last",
+    "training.final_weights",
 )
 
 

@@ -11,6 +11,7 @@ from mlxlm.training.schedules import learning_rate_schedule
 
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd")
 DTYPES = ("float32", "float16", "bfloat16")
+FINAL_WEIGHTS = ("last", "best")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class TrainSettings:
     compile: the step, None for yes on a GPU.  seed: of dropout.
     evaluate_every, save_every, report_every: in steps; 0 for the end alone.  patience: evaluations without a better
     loss after which to stop, 0 never.  keep_last: newest checkpoints kept beside the best one.
+    final_weights: "last", the default, or "best": a run that ends leaves the weights of its last step in the model, or
+    those of the checkpoint with the lowest loss on the validation data.
     max_skipped: updates in a row that may be skipped for gradients that aren't finite.
     """
 
@@ -64,6 +67,7 @@ class TrainSettings:
     report_every: int = 10
     patience: int = 0
     keep_last: int = 3
+    final_weights: str = "last"
     max_skipped: int = 5
 
     def __post_init__(self) -> None:
@@ -72,7 +76,8 @@ class TrainSettings:
         for name, (holds, expected) in self._demands().items():
             if not holds:
                 raise UsageError(f"{name} is {getattr(self, name)!r}; expected {expected}")
-        for name, choices in (("optimizer", OPTIMIZERS), ("dtype", (None, *DTYPES))):
+        choices_of = {"optimizer": OPTIMIZERS, "dtype": (None, *DTYPES), "final_weights": FINAL_WEIGHTS}
+        for name, choices in choices_of.items():
             value = getattr(self, name)
             if value not in choices:
                 raise UsageError(f"unknown {name} {value!r}{nearest(value, [c for c in choices if c])}")

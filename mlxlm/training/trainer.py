@@ -117,6 +117,8 @@ class Trainer:
         self.checkpoints = None if self.folder is None else Checkpoints(self.folder, settings.keep_last)
         if settings.patience and (valid is None or not settings.evaluate_every):
             raise UsageError("patience needs validation data and evaluate_every")
+        if settings.final_weights == "best" and (valid is None or folder is None):
+            raise UsageError("final_weights 'best' needs validation data and a folder for checkpoints")
         self.step = Step(model, task, settings)
         self._position = source.state()
         self._clock = _Clock()
@@ -151,9 +153,8 @@ class Trainer:
                     self._evaluate()
                 if self.checkpoints is not None and self.progress.step not in self.checkpoints.steps():
                     self._save(final=True)
-                if self.save_model is not None and self.folder is not None and reason in ("done", "data", "early"):
-                    self.step.give_back(averaged=True)
-                    self.save_model(self.folder / "model")
+                if reason in ("done", "data", "early"):
+                    self._finish()
         finally:
             self.step.close()
             self._tell("on_end", self)
@@ -162,6 +163,23 @@ class Trainer:
             progress.step, reason, self._last_loss, progress.best, progress.best_step, progress.tokens,
             progress.skipped, len(self.step.shapes),
         )  # fmt: skip
+
+    def _finish(self) -> None:
+        """Put the final weights into the model, the best ones where they are wanted, and save it."""
+        best = None if self.checkpoints is None else self.checkpoints.best()
+        if self.settings.final_weights == "best" and self.checkpoints is not None and best is not None:
+            state = self.checkpoints.load(best)
+            for part, mine in self._parts().items():
+                mine.update({name: state.arrays[part][name].astype(array.dtype) for name, array in mine.items()})
+            self._tell("on_message", f"the weights are those of step {best}, whose validation loss was lowest")
+        self.step.give_back(averaged=True)
+        if self.save_model is not None and self.folder is not None:
+            self.save_model(self.folder / "model")
+
+    def _parts(self) -> dict[str, dict[str, mx.array]]:
+        """The weights and, where one is kept, their average, by the name that they have in checkpoints."""
+        average = self.step.average
+        return {"parameters": self.step.parameters} | ({} if average is None else {"average": average})
 
     def evaluate(self) -> Evaluation:
         """Loss over the whole validation data, with the averaged weights where they are kept."""
@@ -287,11 +305,8 @@ class Trainer:
         return True
 
     def _state(self) -> TrainingState:
-        arrays = {"parameters": self.step.parameters, "optimizer": self.step.optimizer.arrays()}
-        if self.step.average is not None:
-            arrays["average"] = self.step.average
         return TrainingState(
-            arrays,
+            {**self._parts(), "optimizer": self.step.optimizer.arrays()},
             {
                 "step": self.progress.step,
                 "progress": vars(self.progress),
@@ -306,10 +321,7 @@ class Trainer:
         """Take over a checkpoint. Raises CheckpointError when it is another model's or another optimizer's."""
         assert self.checkpoints is not None
         state = self.checkpoints.load(number)
-        expected = {"parameters": self.step.parameters} | (
-            {} if self.step.average is None else {"average": self.step.average}
-        )
-        for part, mine in expected.items():
+        for part, mine in self._parts().items():
             given = state.arrays.get(part, {})
             unlike = sorted(
                 name for name in {*mine, *given}

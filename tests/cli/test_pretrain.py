@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 from pathlib import Path
 
@@ -91,6 +92,30 @@ def test_every_example_trains_and_its_model_loads(mlxlm_command, corpus, tmp_pat
     assert tokenizer.encode("def name")
     assert tokenizer.eos_id == 1
     assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["eos_token_id"] == 1
+
+
+def test_the_shipped_model_can_be_made_again(corpus, tmp_path, monkeypatch, capsys):
+    """Trained in small by the recipe, quantized, measured; and a second call finds the run finished."""
+    script = EXAMPLES / "pretrain_stdlib" / "ship.py"
+    changes = arguments(corpus, tmp_path / "run", "pretrain_stdlib")
+    changes = [text for text in changes if "=" in str(text) and "hidden_size" not in text and "head_dim" not in text]
+    changes += [
+        "model.hidden_size=64", "model.intermediate_size=64", "model.num_attention_heads=2", "training.steps=2",
+        "model.num_key_value_heads=1", f"output={tmp_path / 'run'}", "data.batch_size=3", "data.max_length=32",
+    ]  # fmt: skip
+    flags = [flag for change in changes for flag in ("--set", str(change))]
+    measured = []
+    for _ in range(2):
+        monkeypatch.setattr("sys.argv", [str(script), "--output", str(tmp_path / "shipped"), *flags])
+        runpy.run_path(str(script), run_name="__main__")
+        measured.append(json.loads((tmp_path / "shipped" / "measured.json").read_text()))
+        assert "| 2 |" in capsys.readouterr().out
+    config = json.loads((tmp_path / "shipped" / "config.json").read_text())
+    assert (config["quantization"]["bits"], config["eos_token_id"]) == (8, 1)
+    assert measured[0]["held_out_loss_quantized"] == pytest.approx(measured[0]["held_out_loss"], abs=0.02)
+    assert measured[1]["held_out_loss"] == measured[0]["held_out_loss"]
+    saved = recipe.read(tmp_path / "run" / "recipe.yaml")
+    assert saved["objective"] == {"name": "causal", "document_mask": True}
 
 
 def test_a_run_learns(mlxlm_command, corpus, tmp_path):

@@ -293,6 +293,29 @@ def test_training_stops_early_and_keeps_the_best_checkpoint(tmp_path):
     assert training.checkpoints.steps() == [result.best_step, result.step]
 
 
+@pytest.mark.parametrize("ema_decay", [None, 0.7])
+@pytest.mark.parametrize("wanted", ["last", "best"])
+def test_a_run_ends_with_its_last_weights_or_its_best_ones(wanted, ema_decay, tmp_path):
+    valid = Rows(seed=99, rows=8).next()
+    saved = {}
+    training, events = trainer(
+        Fixed([Rows().next()]), tmp_path, valid=lambda: Fixed([valid], once=True), steps=40, evaluate_every=2,
+        learning_rate=0.02, schedule="constant", final_weights=wanted, ema_decay=ema_decay,
+    )  # fmt: skip
+    training.save_model = lambda folder: saved.update(weights_of(training.model))
+    result = training.run()
+    assert result.best_step < 40
+    chosen = training.checkpoints.load(40 if wanted == "last" else result.best_step)
+    expected = chosen.arrays["parameters" if ema_decay is None else "average"]
+    assert all(np.array_equal(array, saved[name]) for name, array in expected.items())
+    assert all(np.array_equal(array, saved[name]) for name, array in weights_of(training.model).items())
+    if wanted == "best":
+        assert training.evaluate().loss == pytest.approx(result.best, rel=1e-6)
+        assert events.messages == [
+            f"the weights are those of step {result.best_step}, whose validation loss was lowest"
+        ]
+
+
 def test_the_newest_checkpoints_are_kept(tmp_path):
     training, _ = trainer(Rows(), tmp_path, steps=7, save_every=2, keep_last=2)
     training.run()
@@ -391,6 +414,8 @@ def test_a_frozen_model_and_empty_data_are_refused():
         trainer(Rows(batches=0))[0].run()
     with pytest.raises(UsageError, match="patience needs"):
         trainer(Rows(), patience=2)
+    with pytest.raises(UsageError, match="'best' needs validation data and a folder"):
+        trainer(Rows(), final_weights="best")
 
 
 def test_metrics_are_written_a_line_a_report_and_the_console_says_the_same(tmp_path, capsys):

@@ -27,6 +27,7 @@ from mlxlm.training import (
     read_metrics,
     recipe,
 )  # fmt: skip
+from mlxlm.training.yaml_files import parse_override
 
 HERE = Path(__file__).parent
 BITS, GROUP_SIZE = 8, 64
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=HERE / "recipe.yaml", help="default: the one beside this file")
     parser.add_argument("--set", dest="changes", action="append", default=[], metavar="NAME=VALUE")
     arguments = parser.parse_args()
-    changes = [recipe.parse_override(text) for text in arguments.changes]
+    changes = [parse_override(text) for text in arguments.changes]
     checked = recipe.check(recipe.override(recipe.read(arguments.config), changes))
     trainer = checked.trainer([Console(), MetricsFile(checked.folder)], resume=True)
     measured = train(trainer)

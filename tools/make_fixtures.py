@@ -115,7 +115,25 @@ _BLOOM = {"vocab_size": 61, "hidden_size": 30, "n_head": 5, "n_layer": 2, "layer
 _MPT = {"vocab_size": 61, "d_model": 30, "n_heads": 5, "n_layers": 2, "max_seq_len": 48, **_IDS}
 _GPTJ = {**_GPT2, "n_embd": 40, "rotary_dim": 4, "pad_token_id": 0}
 
+# Variants that a GGUF file can describe: it says nothing of windows here, of the scale of scores, of the activation.
+_GGUF_CASES = {
+    "qwen2-full": Case("Qwen2ForCausalLM", {k: v for k, v in _LLAMA.items() if k != "head_dim"}, weights="qwen2"),
+    "gemma2-gguf": Case(
+        "Gemma2ForCausalLM",
+        {**_GEMMA, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 8},
+        weights="gemma2",
+    ),
+    "gemma3-gguf": Case(
+        "Gemma3ForCausalLM",
+        {**_GEMMA3, "final_logit_softcapping": 4.0, "query_pre_attn_scalar": 8},
+        weights="gemma3",
+    ),
+    "phi-plain": Case("PhiForCausalLM", {**_PHI, "rope_parameters": {**_DEFAULT_ROPE, "partial_rotary_factor": 0.5}}),
+    "gpt_neox-gelu": Case("GPTNeoXForCausalLM", {**_NEOX, "hidden_act": "gelu"}, weights="gpt_neox"),
+}
+
 CASES: dict[str, Case] = {
+    **_GGUF_CASES,
     "llama": Case("LlamaForCausalLM", {**_LLAMA_FULL, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
     "llama-tied": Case("LlamaForCausalLM", {**_LLAMA, "tie_word_embeddings": True}),
     "llama-headless": Case("LlamaModel", {**_LLAMA, "num_key_value_heads": 1}),

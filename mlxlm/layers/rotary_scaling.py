@@ -151,8 +151,8 @@ class LongScalingSpec(NoScalingSpec):
 
     @property
     def depends_on_length(self) -> bool:
-        """True: see the class."""
-        return True
+        """Whether the two kinds of factors differ."""
+        return self.short_factors != self.long_factors
 
     @property
     def attention_factor(self) -> float:
@@ -163,7 +163,7 @@ class LongScalingSpec(NoScalingSpec):
 
     def agrees(self, one: int, other: int) -> bool:
         """See `NoScalingSpec.agrees`."""
-        return (one > self.original_length) == (other > self.original_length)
+        return not self.depends_on_length or (one > self.original_length) == (other > self.original_length)
 
     def inverse_frequencies(self, dim: int, base: float, length: int | mx.array = 0) -> mx.array:
         """See `NoScalingSpec.inverse_frequencies`."""

@@ -4,6 +4,7 @@ from mlxlm.models.classifier import with_classification_head
 from mlxlm.models.config import StackSpec, TransformerConfig
 from mlxlm.models.families import families, family, family_of, model_types
 from mlxlm.models.family import Family
+from mlxlm.models.gguf_contents import GgufContents, gguf_contents
 from mlxlm.models.heads import (
     LanguageModelHeadSpec,
     PoolerSpec,
@@ -20,6 +21,7 @@ from mlxlm.models.transformer import Transformer
 
 __all__ = [
     "Family",
+    "GgufContents",
     "LanguageModelHeadSpec",
     "PoolerSpec",
     "SequenceHeadSpec",
@@ -34,6 +36,7 @@ __all__ = [
     "family",
     "family_of",
     "find",
+    "gguf_contents",
     "load",
     "load_model",
     "model_types",

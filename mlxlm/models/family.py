@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from mlxlm.errors import ConfigError
 from mlxlm.models.config import TransformerConfig
+from mlxlm.models.gguf_dialect import GgufDialect
 from mlxlm.models.hub_config import HubConfig
 from mlxlm.models.weights import Rule
 
 # "hub": as transformers saves. "mlx": as mlx-lm saves, where a few families keep weights in another orientation.
 Layout = Literal["hub", "mlx"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class GgufDialect:
-    """A family in GGUF files.
-
-    architectures: values of `general.architecture`.  config: from the file's metadata and its tensors' names and small
-    tensors (`read(name)` gives a float32 list) to the values of a config.json.  rules: weight names in the file.
-    """
-
-    architectures: tuple[str, ...]
-    config: Callable[[Mapping[str, Any], GgufTensors], dict[str, Any]]
-    rules: Callable[[TransformerConfig], tuple[Rule, ...]]
-
-
-@dataclass(frozen=True)
-class GgufTensors:
-    """The tensors of a GGUF file, as far as a config needs them."""
-
-    names: frozenset[str]
-    read: Callable[[str], list[float]]
 
 
 @dataclass(frozen=True, kw_only=True)

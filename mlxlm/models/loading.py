@@ -31,7 +31,8 @@ from mlxlm.errors import UsageError, nearest
 from mlxlm.kernels.attention import selfcheck
 from mlxlm.models.config import TransformerConfig
 from mlxlm.models.families import family_of, gguf_family
-from mlxlm.models.family import GgufTensors, Layout
+from mlxlm.models.family import Layout
+from mlxlm.models.gguf_dialect import GgufTensors
 from mlxlm.models.source import Source
 from mlxlm.models.transformer import Transformer
 from mlxlm.models.weights import Rule, check, check_copies, to_canonical
@@ -111,8 +112,9 @@ def _model_from_gguf(
     def read(name: str) -> list[float]:
         return checkpoint.load([name])[name].astype(mx.float32).tolist()  # type: ignore[return-value]
 
-    values = family.gguf.config(checkpoint.metadata, GgufTensors(frozenset(checkpoint.tensors), read))
-    config = family.read_config(values)
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    values = family.gguf.config(checkpoint.metadata, GgufTensors(shapes, read))
+    config = family.read_config(values, family.gguf.weights)
     compute = _compute_dtype(dtype, values, checkpoint)
     model = _assemble(
         config,

@@ -1,8 +1,8 @@
 """Reversible rules between the names of tensors on disk and the canonical names inside the stack.
 
-A family's rules are data: `rename`, `transpose`, `split`, `split_heads`, `permute`, `drop`. In a name `{n}` stands for
-a layer's number and `{p}` for what ends a module's tensor names: weight, bias, scales, biases. The first rule that fits
-a name serves. Several names on disk for one tensor are given as a tuple; the first of them is written.
+A family's rules are data: `rename`, `transpose`, `split`, `split_heads`, `permute`, `shift`, `drop`. In a name `{n}`
+stands for a layer's number and `{p}` for what ends a module's tensor names: weight, bias, scales, biases. The first
+rule that fits a name serves. Several names on disk for one tensor are given as a tuple; the first of them is written.
 """
 
 from __future__ import annotations
@@ -135,6 +135,20 @@ def permute(hub: str | tuple[str, ...], canonical: str, heads: int) -> Rule:
         return rows.swapaxes(1, 2).reshape(arrays[0].shape)
 
     return Rule(_names(hub), (canonical,), halves, pairs)
+
+
+def shift(hub: str | tuple[str, ...], canonical: str, offset: float) -> Rule:
+    """A tensor that is stored with `offset` added, in float32, so that small numbers keep their digits."""
+
+    def moved(array: mx.array, by: float) -> tuple[mx.array, ...]:
+        return (array.astype(mx.float32) + by,)
+
+    return Rule(
+        _names(hub),
+        (canonical,),
+        lambda array, kind: moved(array, -offset),
+        lambda arrays, kind: moved(arrays[0], offset)[0],
+    )
 
 
 def drop(*hub: str) -> Rule:

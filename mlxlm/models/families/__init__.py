@@ -46,7 +46,25 @@ _FILES = {
 _VARIANTS = {"glm": ("block_position_encoding", "glm_original")}
 
 # general.architecture in a GGUF file -> file in this folder.
-_GGUF_FILES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+_GGUF_FILES = {
+    "bert": "bert",
+    "bloom": "bloom",
+    "chatglm": "chatglm",
+    "falcon": "falcon",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+    "glm4": "glm4",
+    "gpt2": "gpt2",
+    "gptneox": "gpt_neox",
+    "llama": "llama",
+    "mpt": "mpt",
+    "phi2": "phi",
+    "phi3": "phi3",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "starcoder": "gpt_bigcode",
+}
 
 
 def model_types() -> tuple[str, ...]:

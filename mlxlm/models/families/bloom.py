@@ -4,6 +4,7 @@ positions, biases everywhere, tanh-GELU, tied head.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from mlxlm.layers import (
@@ -18,6 +19,8 @@ from mlxlm.layers import (
 from mlxlm.models.config import TransformerConfig
 from mlxlm.models.decoders import QKV, assemble, layer_rules, outer_keys, outer_rules, prefixes
 from mlxlm.models.family import Family, Layout
+from mlxlm.models.gguf_dialect import GgufDialect, GgufHeader
+from mlxlm.models.gguf_weights import gguf_rules
 from mlxlm.models.hub_config import HubConfig
 from mlxlm.models.weights import Rule, rename, split_heads, under
 
@@ -100,4 +103,30 @@ def rules(config: TransformerConfig, layout: Layout = "hub") -> tuple[Rule, ...]
     )
 
 
-FAMILY = Family(name="BLOOM", model_types=("bloom",), parse=parse, unparse=unparse, rules=rules)
+def _read_gguf(header: GgufHeader, values: dict[str, Any]) -> None:
+    header.expect("feed_forward_length", 4 * values["hidden_size"])
+    header.expect("attention.head_count_kv", values["n_head"])
+
+
+def _write_gguf(config: TransformerConfig) -> dict[str, Any]:
+    heads = config.stack.layers[0].attention.num_heads
+    return {"feed_forward_length": 4 * config.dim, "attention.head_count_kv": heads}
+
+
+GGUF = GgufDialect(
+    architecture="bloom",
+    model_type="bloom",
+    keys={
+        "context_length": "seq_length",
+        "embedding_length": "hidden_size",
+        "block_count": "n_layer",
+        "attention.head_count": "n_head",
+        "attention.layer_norm_epsilon": "layer_norm_epsilon",
+    },
+    rules=partial(gguf_rules, joined=True),
+    rotary=False,
+    read=_read_gguf,
+    write=_write_gguf,
+)
+
+FAMILY = Family(name="BLOOM", model_types=("bloom",), parse=parse, unparse=unparse, rules=rules, gguf=GGUF)

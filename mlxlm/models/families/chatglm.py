@@ -7,6 +7,7 @@ remembered from the remote code: that `rope_ratio` multiplies the base 10000 of 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from mlxlm.errors import UnsupportedModelError
@@ -24,6 +25,9 @@ from mlxlm.layers import (
 from mlxlm.models.config import StackSpec, TransformerConfig
 from mlxlm.models.decoders import GATE_UP, QKV, layer_rules
 from mlxlm.models.family import Family, Layout
+from mlxlm.models.gguf_dialect import GgufDialect, GgufHeader
+from mlxlm.models.gguf_rotary import write_rotary
+from mlxlm.models.gguf_weights import gguf_rules
 from mlxlm.models.heads import LanguageModelHeadSpec
 from mlxlm.models.hub_config import HubConfig
 from mlxlm.models.weights import Rule, drop, rename, split, split_heads, tied_copy
@@ -155,6 +159,34 @@ def rules(config: TransformerConfig, layout: Layout = "hub") -> tuple[Rule, ...]
     )
 
 
+def _read_gguf(header: GgufHeader, values: dict[str, Any]) -> None:
+    shared = values.setdefault("multi_query_group_num", values["num_attention_heads"])
+    values["multi_query_attention"] = shared != values["num_attention_heads"]
+    values["kv_channels"] = header.head_dim
+    values["add_qkv_bias"] = any(name in header.tensors for name in ("blk.0.attn_qkv.bias", "blk.0.attn_q.bias"))
+    values["rope_ratio"] = header.take("rope.freq_base", 10000.0) / 10000.0
+    header.expect("rope.dimension_count", header.head_dim // 2)
+
+
+GGUF = GgufDialect(
+    architecture="chatglm",
+    model_type="chatglm",
+    keys={
+        "context_length": "seq_length",
+        "embedding_length": "hidden_size",
+        "feed_forward_length": "ffn_hidden_size",
+        "block_count": "num_layers",
+        "attention.head_count": "num_attention_heads",
+        "attention.head_count_kv": "multi_query_group_num",
+        "attention.key_length": "kv_channels",
+        "attention.layer_norm_rms_epsilon": "layernorm_epsilon",
+    },
+    rules=partial(gguf_rules, joined=True, gate_up=True),
+    rotary=False,
+    read=_read_gguf,
+    write=write_rotary,
+)
+
 FAMILY = Family(
     name="ChatGLM2 and 3",
     model_types=("chatglm",),
@@ -162,4 +194,5 @@ FAMILY = Family(
     unparse=unparse,
     rules=rules,
     reference="transformers, of the same weights in another layout",
+    gguf=GGUF,
 )

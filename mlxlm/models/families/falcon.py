@@ -21,11 +21,14 @@ from mlxlm.layers import (
 from mlxlm.models.config import TransformerConfig
 from mlxlm.models.decoders import QKV, assemble, layer_rules, outer_keys, outer_rules, prefixes
 from mlxlm.models.family import Family, Layout
+from mlxlm.models.gguf_dialect import GgufDialect, GgufHeader
+from mlxlm.models.gguf_weights import gguf_rules
 from mlxlm.models.hub_config import HubConfig, hub_activation
 from mlxlm.models.rotary_config import parse_rotary, unparse_rotary
 from mlxlm.models.weights import Rule, split_heads, under
 
 _CLASSES = ("FalconModel", "FalconForCausalLM")
+_SECOND_NORM = "blk.0.attn_norm_2.weight"
 
 
 def parse(hub: HubConfig) -> TransformerConfig:
@@ -155,4 +158,37 @@ def rules(config: TransformerConfig, layout: Layout = "hub") -> tuple[Rule, ...]
     )
 
 
-FAMILY = Family(name="Falcon", model_types=("falcon",), parse=parse, unparse=unparse, rules=rules)
+def _read_gguf(header: GgufHeader, values: dict[str, Any]) -> None:
+    header.expect("tensor_data_layout", "jploski")  # query, key and value one after another
+    shared, two_norms = values.setdefault("num_kv_heads", values["num_attention_heads"]), _SECOND_NORM in header.tensors
+    values["new_decoder_architecture"] = two_norms or 1 < shared < values["num_attention_heads"]
+    values["num_ln_in_parallel_attn"] = 2 if two_norms else 1
+    values["multi_query"] = shared == 1
+    values["bias"] = "blk.0.attn_qkv.bias" in header.tensors
+
+
+def _gguf_rules(config: TransformerConfig) -> tuple[Rule, ...]:
+    """Weight names in a GGUF file: with two norms, that of the feed-forward has the name of the only one elsewhere."""
+    two = getattr(config.stack.layers[0], "feed_forward_norm", None) is not None
+    norms = {"attn_norm_2": "norm", "attn_norm": "feed_forward_norm"} if two else None
+    return gguf_rules(config, joined=True, norms=norms)
+
+
+GGUF = GgufDialect(
+    architecture="falcon",
+    model_type="falcon",
+    keys={
+        "context_length": "max_position_embeddings",
+        "embedding_length": "hidden_size",
+        "feed_forward_length": "ffn_hidden_size",
+        "block_count": "num_hidden_layers",
+        "attention.head_count": "num_attention_heads",
+        "attention.head_count_kv": "num_kv_heads",
+        "attention.layer_norm_epsilon": "layer_norm_epsilon",
+    },
+    rules=_gguf_rules,
+    read=_read_gguf,
+    write=lambda config: {"tensor_data_layout": "jploski"},
+)
+
+FAMILY = Family(name="Falcon", model_types=("falcon",), parse=parse, unparse=unparse, rules=rules, gguf=GGUF)

@@ -21,6 +21,9 @@ from mlxlm.layers import (
 from mlxlm.models.config import TransformerConfig
 from mlxlm.models.decoders import assemble, layer_rules, outer_keys, outer_rules, prefixes
 from mlxlm.models.family import Family, Layout
+from mlxlm.models.gated_decoders import GGUF_KEYS
+from mlxlm.models.gguf_dialect import GgufDialect, GgufHeader
+from mlxlm.models.gguf_weights import gguf_rules
 from mlxlm.models.hub_config import HubConfig, hub_activation
 from mlxlm.models.rotary_config import parse_rotary, unparse_rotary
 from mlxlm.models.weights import Rule, drop, under
@@ -173,4 +176,10 @@ def unparse(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-FAMILY = Family(name="Gemma", model_types=("gemma",), parse=parse, unparse=unparse, rules=rules)
+def _read_gguf(header: GgufHeader, values: dict[str, Any]) -> None:
+    values["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
+
+
+GGUF = GgufDialect(architecture="gemma", model_type="gemma", keys=GGUF_KEYS, rules=gguf_rules, read=_read_gguf)
+
+FAMILY = Family(name="Gemma", model_types=("gemma",), parse=parse, unparse=unparse, rules=rules, gguf=GGUF)

@@ -18,6 +18,9 @@ from mlxlm.models.families.gemma import (
     unparse_windows,
 )
 from mlxlm.models.family import Family
+from mlxlm.models.gated_decoders import GGUF_KEYS
+from mlxlm.models.gguf_dialect import GgufDialect, GgufHeader
+from mlxlm.models.gguf_weights import gguf_rules
 from mlxlm.models.hub_config import HubConfig, hub_activation
 from mlxlm.models.rotary_config import parse_rotary, unparse_rotary
 
@@ -59,4 +62,29 @@ def unparse(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-FAMILY = Family(name="Gemma 2", model_types=("gemma2",), parse=parse, unparse=unparse, rules=rules)
+def read_query_scalar(header: GgufHeader, values: dict[str, Any], largest: int) -> None:
+    """GGUF files don't hold the scale of the scores: it follows from the head, but in the model of `largest` layers
+    from the width that there is for each head.
+    """
+    width = values["hidden_size"] // values["num_attention_heads"]
+    values["query_pre_attn_scalar"] = width if values["num_hidden_layers"] == largest else header.head_dim
+
+
+def _read_gguf(header: GgufHeader, values: dict[str, Any]) -> None:
+    read_query_scalar(header, values, 46)
+
+
+GGUF = GgufDialect(
+    architecture="gemma2",
+    model_type="gemma2",
+    keys={
+        **GGUF_KEYS,
+        "attention.sliding_window": "sliding_window",
+        "attn_logit_softcapping": "attn_logit_softcapping",
+        "final_logit_softcapping": "final_logit_softcapping",
+    },
+    rules=gguf_rules,
+    read=_read_gguf,
+)
+
+FAMILY = Family(name="Gemma 2", model_types=("gemma2",), parse=parse, unparse=unparse, rules=rules, gguf=GGUF)

@@ -18,7 +18,11 @@ from mlxlm.models.families.gemma import (
     unparse_model,
     unparse_windows,
 )
+from mlxlm.models.families.gemma2 import read_query_scalar
 from mlxlm.models.family import Family
+from mlxlm.models.gated_decoders import GGUF_KEYS
+from mlxlm.models.gguf_dialect import GgufDialect, GgufHeader
+from mlxlm.models.gguf_weights import gguf_rules
 from mlxlm.models.hub_config import HubConfig, hub_activation
 from mlxlm.models.rotary_config import parse_layered_rotary, unparse_layered_rotary
 
@@ -65,4 +69,38 @@ def unparse(config: TransformerConfig) -> dict[str, Any]:
     }
 
 
-FAMILY = Family(name="Gemma 3", model_types=("gemma3_text",), parse=parse, unparse=unparse, rules=rules)
+def _read_gguf(header: GgufHeader, values: dict[str, Any]) -> None:
+    read_query_scalar(header, values, 62)
+    pattern = header.left.pop("attention.sliding_window_pattern", 6)
+    if isinstance(pattern, int):
+        values["sliding_window_pattern"] = pattern
+    else:  # for each layer, whether it has a window
+        values["layer_types"] = ["sliding_attention" if windowed else "full_attention" for windowed in pattern]
+    values["rope_local_base_freq"] = header.take("rope.freq_base_swa", 10000.0)
+
+
+def _write_gguf(config: TransformerConfig) -> dict[str, Any]:
+    """The pattern as its period: how many layers in a row end with one that has no window."""
+    windows = [layer.attention.window for layer in config.stack.layers]
+    period = next((index + 1 for index, window in enumerate(windows) if window is None), 6)
+    local = next((one.attention.positions for one in config.stack.layers if one.attention.window is not None), None)
+    return {
+        **({} if period == 6 else {"attention.sliding_window_pattern": period}),
+        **({} if local is None else {"rope.freq_base_swa": local.base}),
+    }
+
+
+GGUF = GgufDialect(
+    architecture="gemma3",
+    model_type="gemma3_text",
+    keys={
+        **GGUF_KEYS,
+        "attention.sliding_window": "sliding_window",
+        "final_logit_softcapping": "final_logit_softcapping",
+    },
+    rules=gguf_rules,
+    read=_read_gguf,
+    write=_write_gguf,
+)
+
+FAMILY = Family(name="Gemma 3", model_types=("gemma3_text",), parse=parse, unparse=unparse, rules=rules, gguf=GGUF)

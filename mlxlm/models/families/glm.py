@@ -4,12 +4,15 @@ half of each head, biases on query, key and value, and a fused gate and up proje
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from mlxlm.models.config import TransformerConfig
 from mlxlm.models.decoders import GATE_UP, prefixes
-from mlxlm.models.families.llama import decoder_rules, parse_decoder, unparse_decoder
 from mlxlm.models.family import Family, Layout
+from mlxlm.models.gated_decoders import GGUF_KEYS, decoder_rules, parse_decoder, unparse_decoder
+from mlxlm.models.gguf_dialect import GgufDialect, GgufHeader
+from mlxlm.models.gguf_weights import gguf_rules
 from mlxlm.models.hub_config import HubConfig
 from mlxlm.models.weights import Rule, split, under
 
@@ -52,4 +55,17 @@ def rules(config: TransformerConfig, layout: Layout = "hub") -> tuple[Rule, ...]
     return (split(fused, GATE_UP, (hidden_dim, hidden_dim)), *decoder_rules(config, layout))
 
 
-FAMILY = Family(name="GLM-4", model_types=("glm",), parse=parse, unparse=unparse, rules=rules)
+def _read_gguf(header: GgufHeader, values: dict[str, Any]) -> None:
+    values["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
+
+
+# Files say the architecture of the same model in the layout of its remote code; they are read as that.
+GGUF = GgufDialect(
+    architecture="chatglm",
+    model_type="glm",
+    keys=GGUF_KEYS,
+    rules=partial(gguf_rules, gate_up=True),
+    read=_read_gguf,
+)
+
+FAMILY = Family(name="GLM-4", model_types=("glm",), parse=parse, unparse=unparse, rules=rules, gguf=GGUF)

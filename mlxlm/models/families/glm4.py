@@ -39,4 +39,6 @@ def rules(config: TransformerConfig, layout: Layout = "hub") -> tuple[Rule, ...]
     return (*layer_rules(prefixes(config, "model."), "layers.{n}.", names), *glm.rules(config, layout))
 
 
-FAMILY = Family(name="GLM-4-0414", model_types=("glm4",), parse=parse, unparse=unparse, rules=rules)
+GGUF = replace(glm.GGUF, architecture="glm4", model_type="glm4")
+
+FAMILY = Family(name="GLM-4-0414", model_types=("glm4",), parse=parse, unparse=unparse, rules=rules, gguf=GGUF)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from mlxlm.layers import (
@@ -16,6 +17,8 @@ from mlxlm.layers import (
 )
 from mlxlm.models.config import StackSpec, TransformerConfig
 from mlxlm.models.family import Family, Layout
+from mlxlm.models.gguf_dialect import GgufDialect
+from mlxlm.models.gguf_weights import gguf_rules
 from mlxlm.models.head_config import architecture, decoder_head_rules, parse_decoder_head, unparse_labels
 from mlxlm.models.heads import LanguageModelHeadSpec, TokenHeadSpec
 from mlxlm.models.hub_config import HubConfig, hub_activation
@@ -138,4 +141,21 @@ def rules(config: TransformerConfig, layout: Layout = "hub") -> tuple[Rule, ...]
     )
 
 
-FAMILY = Family(name="GPT-2", model_types=("gpt2",), parse=parse, unparse=unparse, rules=rules)
+GGUF_KEYS = {
+    "context_length": "n_positions",
+    "embedding_length": "n_embd",
+    "feed_forward_length": "n_inner",
+    "block_count": "n_layer",
+    "attention.head_count": "n_head",
+    "attention.layer_norm_epsilon": "layer_norm_epsilon",
+}
+GGUF = GgufDialect(
+    architecture="gpt2",
+    model_type="gpt2",
+    keys=GGUF_KEYS,
+    rules=partial(gguf_rules, joined=True),
+    rotary=False,
+    read=lambda header, values: header.expect("attention.head_count_kv", values["n_head"]),
+)
+
+FAMILY = Family(name="GPT-2", model_types=("gpt2",), parse=parse, unparse=unparse, rules=rules, gguf=GGUF)

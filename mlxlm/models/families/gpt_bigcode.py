@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from mlxlm.layers import (
@@ -15,7 +16,10 @@ from mlxlm.layers import (
 )
 from mlxlm.models.config import TransformerConfig
 from mlxlm.models.decoders import QKV, assemble, layer_rules, outer_keys, outer_rules, prefixes
+from mlxlm.models.families.gpt2 import GGUF_KEYS
 from mlxlm.models.family import Family, Layout
+from mlxlm.models.gguf_dialect import GgufDialect, GgufHeader
+from mlxlm.models.gguf_weights import gguf_rules
 from mlxlm.models.hub_config import HubConfig, hub_activation
 from mlxlm.models.weights import Rule, drop, rename, split, split_heads, under
 
@@ -114,4 +118,19 @@ def rules(config: TransformerConfig, layout: Layout = "hub") -> tuple[Rule, ...]
     )
 
 
-FAMILY = Family(name="GPT-BigCode", model_types=("gpt_bigcode",), parse=parse, unparse=unparse, rules=rules)
+def _read_gguf(header: GgufHeader, values: dict[str, Any]) -> None:
+    values["multi_query"] = header.peek("attention.head_count_kv", 1) == 1
+    header.expect("attention.head_count_kv", 1, values["n_head"])
+
+
+GGUF = GgufDialect(
+    architecture="starcoder",
+    model_type="gpt_bigcode",
+    keys=GGUF_KEYS,
+    rules=partial(gguf_rules, joined=True),
+    rotary=False,
+    read=_read_gguf,
+    write=lambda config: {"attention.head_count_kv": config.stack.layers[0].attention.num_kv_heads},
+)
+
+FAMILY = Family(name="GPT-BigCode", model_types=("gpt_bigcode",), parse=parse, unparse=unparse, rules=rules, gguf=GGUF)

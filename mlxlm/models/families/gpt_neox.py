@@ -4,6 +4,7 @@ feed-forward side by side behind a LayerNorm each, rotary positions on a quarter
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from mlxlm.layers import (
@@ -18,6 +19,8 @@ from mlxlm.layers import (
 from mlxlm.models.config import TransformerConfig
 from mlxlm.models.decoders import QKV, assemble, layer_rules, outer_keys, outer_rules, prefixes
 from mlxlm.models.family import Family, Layout
+from mlxlm.models.gguf_dialect import GgufDialect, GgufHeader
+from mlxlm.models.gguf_weights import gguf_rules
 from mlxlm.models.hub_config import HubConfig, hub_activation
 from mlxlm.models.rotary_config import parse_rotary, unparse_rotary
 from mlxlm.models.weights import Rule, drop, rename, split_heads, tied_copy, under
@@ -120,4 +123,25 @@ def rules(config: TransformerConfig, layout: Layout = "hub") -> tuple[Rule, ...]
     )
 
 
-FAMILY = Family(name="GPT-NeoX", model_types=("gpt_neox",), parse=parse, unparse=unparse, rules=rules)
+def _read_gguf(header: GgufHeader, values: dict[str, Any]) -> None:
+    values["use_parallel_residual"] = header.take("use_parallel_residual", True)
+    values["attention_bias"] = any(name in header.tensors for name in ("blk.0.attn_qkv.bias", "blk.0.attn_q.bias"))
+
+
+GGUF = GgufDialect(
+    architecture="gptneox",
+    model_type="gpt_neox",
+    keys={
+        "context_length": "max_position_embeddings",
+        "embedding_length": "hidden_size",
+        "feed_forward_length": "intermediate_size",
+        "block_count": "num_hidden_layers",
+        "attention.head_count": "num_attention_heads",
+        "attention.layer_norm_epsilon": "layer_norm_eps",
+    },
+    rules=partial(gguf_rules, joined=True),
+    read=_read_gguf,
+    write=lambda config: {"use_parallel_residual": isinstance(config.stack.layers[0], ParallelBlockSpec)},
+)
+
+FAMILY = Family(name="GPT-NeoX", model_types=("gpt_neox",), parse=parse, unparse=unparse, rules=rules, gguf=GGUF)

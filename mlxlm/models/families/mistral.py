@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from mlxlm.models.config import TransformerConfig
-from mlxlm.models.families.llama import decoder_rules, parse_decoder, unparse_decoder
+from mlxlm.models.families import llama
 from mlxlm.models.family import Family
+from mlxlm.models.gated_decoders import decoder_rules, parse_decoder, unparse_decoder
+from mlxlm.models.gguf_dialect import GgufHeader
 from mlxlm.models.hub_config import HubConfig
 
 
@@ -24,4 +27,11 @@ def unparse(config: TransformerConfig) -> dict[str, Any]:
     return {**keys, "sliding_window": config.stack.layers[0].attention.window}
 
 
-FAMILY = Family(name="Mistral", model_types=("mistral",), parse=parse, unparse=unparse, rules=decoder_rules)
+def _read_gguf(header: GgufHeader, values: dict[str, Any]) -> None:
+    values["sliding_window"] = None  # the format has no key for it
+
+
+# Files say that they are of the family whose shape this is; a model with a window can't be described.
+GGUF = replace(llama.GGUF, model_type="mistral", read=_read_gguf)
+
+FAMILY = Family(name="Mistral", model_types=("mistral",), parse=parse, unparse=unparse, rules=decoder_rules, gguf=GGUF)

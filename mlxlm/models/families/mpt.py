@@ -8,6 +8,7 @@ are multiplied by logit_scale.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from mlxlm.errors import ConfigError
@@ -23,6 +24,8 @@ from mlxlm.layers import (
 from mlxlm.models.config import TransformerConfig
 from mlxlm.models.decoders import QKV, assemble, layer_rules, outer_keys, outer_rules, prefixes
 from mlxlm.models.family import Family, Layout
+from mlxlm.models.gguf_dialect import GgufDialect, GgufHeader
+from mlxlm.models.gguf_weights import gguf_rules
 from mlxlm.models.heads import LanguageModelHeadSpec
 from mlxlm.models.hub_config import HubConfig
 from mlxlm.models.weights import Rule, split, under
@@ -138,4 +141,44 @@ def rules(config: TransformerConfig, layout: Layout = "hub") -> tuple[Rule, ...]
     )
 
 
-FAMILY = Family(name="MPT", model_types=("mpt",), parse=parse, unparse=unparse, rules=rules)
+def _read_gguf(header: GgufHeader, values: dict[str, Any]) -> None:
+    ratio, rest = divmod(header.take("feed_forward_length"), values["d_model"])
+    if rest:
+        raise ConfigError(f"GGUF metadata: {header.prefix}feed_forward_length is no multiple of the width")
+    header.expect("attention.head_count_kv", values["n_heads"])
+    exponent = header.take("attention.max_alibi_bias", 0.0)
+    values["expansion_ratio"] = ratio
+    values["attn_config"] = {
+        "alibi": exponent > 0,
+        "alibi_bias_max": exponent or 8,
+        "clip_qkv": header.take("attention.clamp_kqv", None),
+    }
+
+
+def _write_gguf(config: TransformerConfig) -> dict[str, Any]:
+    block = config.stack.layers[0]
+    given = {
+        "feed_forward_length": block.feed_forward.hidden_dim,
+        "attention.max_alibi_bias": block.attention.positions.max_exponent,
+        "attention.clamp_kqv": block.attention.clip,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+GGUF = GgufDialect(
+    architecture="mpt",
+    model_type="mpt",
+    keys={
+        "context_length": "max_seq_len",
+        "embedding_length": "d_model",
+        "block_count": "n_layers",
+        "attention.head_count": "n_heads",
+        "attention.layer_norm_epsilon": "layer_norm_epsilon",
+    },
+    rules=partial(gguf_rules, joined=True),
+    rotary=False,
+    read=_read_gguf,
+    write=_write_gguf,
+)
+
+FAMILY = Family(name="MPT", model_types=("mpt",), parse=parse, unparse=unparse, rules=rules, gguf=GGUF)

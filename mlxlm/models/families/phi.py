@@ -18,6 +18,9 @@ from mlxlm.layers import (
 from mlxlm.models.config import TransformerConfig
 from mlxlm.models.decoders import assemble, layer_rules, outer_keys, outer_rules, prefixes
 from mlxlm.models.family import Family, Layout
+from mlxlm.models.gated_decoders import GGUF_KEYS
+from mlxlm.models.gguf_dialect import GgufDialect
+from mlxlm.models.gguf_weights import gguf_rules
 from mlxlm.models.hub_config import HubConfig, hub_activation
 from mlxlm.models.rotary_config import parse_rotary, unparse_rotary
 from mlxlm.models.weights import Rule, drop, under
@@ -110,4 +113,14 @@ def rules(config: TransformerConfig, layout: Layout = "hub") -> tuple[Rule, ...]
     )
 
 
-FAMILY = Family(name="Phi", model_types=("phi",), parse=parse, unparse=unparse, rules=rules)
+GGUF = GgufDialect(
+    architecture="phi2",
+    model_type="phi",
+    keys={
+        **{gguf: hub for gguf, hub in GGUF_KEYS.items() if hub not in ("rms_norm_eps", "head_dim")},
+        "attention.layer_norm_epsilon": "layer_norm_eps",
+    },
+    rules=gguf_rules,
+)
+
+FAMILY = Family(name="Phi", model_types=("phi",), parse=parse, unparse=unparse, rules=rules, gguf=GGUF)

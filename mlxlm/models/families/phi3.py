@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from mlxlm.layers.rotary_scaling import LongScalingSpec
 from mlxlm.models.config import TransformerConfig
 from mlxlm.models.decoders import GATE_UP, QKV, prefixes
-from mlxlm.models.families.llama import decoder_rules, parse_decoder, unparse_decoder
 from mlxlm.models.family import Family, Layout
+from mlxlm.models.gated_decoders import GGUF_KEYS, decoder_rules, parse_decoder, unparse_decoder
+from mlxlm.models.gguf_dialect import GgufDialect, GgufHeader
+from mlxlm.models.gguf_weights import gguf_rules
 from mlxlm.models.hub_config import HubConfig
 from mlxlm.models.weights import Rule, split, under
 
@@ -50,4 +53,21 @@ def rules(config: TransformerConfig, layout: Layout = "hub") -> tuple[Rule, ...]
     )
 
 
-FAMILY = Family(name="Phi-3", model_types=("phi3",), parse=parse, unparse=unparse, rules=rules)
+def _read_gguf(header: GgufHeader, values: dict[str, Any]) -> None:
+    values["sliding_window"] = header.take("attention.sliding_window", 0) or None  # 0 stands for none
+
+
+def _write_gguf(config: TransformerConfig) -> dict[str, Any]:
+    return {"attention.sliding_window": config.stack.layers[0].attention.window or 0}
+
+
+GGUF = GgufDialect(
+    architecture="phi3",
+    model_type="phi3",
+    keys=GGUF_KEYS,
+    rules=partial(gguf_rules, joined=True, gate_up=True),
+    read=_read_gguf,
+    write=_write_gguf,
+)
+
+FAMILY = Family(name="Phi-3", model_types=("phi3",), parse=parse, unparse=unparse, rules=rules, gguf=GGUF)

@@ -6,8 +6,10 @@ from typing import Any
 
 from mlxlm.errors import ConfigError
 from mlxlm.models.config import TransformerConfig
-from mlxlm.models.families.llama import decoder_rules, gguf_config, gguf_rules, parse_decoder, unparse_decoder
-from mlxlm.models.family import Family, GgufDialect
+from mlxlm.models.family import Family
+from mlxlm.models.gated_decoders import GGUF_KEYS, decoder_rules, parse_decoder, unparse_decoder
+from mlxlm.models.gguf_dialect import GgufDialect
+from mlxlm.models.gguf_weights import gguf_rules
 from mlxlm.models.hub_config import HubConfig
 
 
@@ -53,15 +55,6 @@ def unparse(config: TransformerConfig) -> dict[str, Any]:
     return {**unparse_decoder(config, model_type="qwen2", name="Qwen2"), **unparse_windows(config)}
 
 
-FAMILY = Family(
-    name="Qwen2",
-    model_types=("qwen2",),
-    parse=parse,
-    unparse=unparse,
-    rules=decoder_rules,
-    gguf=GgufDialect(
-        architectures=("qwen2",),
-        config=lambda metadata, tensors: gguf_config("qwen2", metadata, tensors),
-        rules=lambda config: gguf_rules(config, paired=False),
-    ),
-)
+GGUF = GgufDialect(architecture="qwen2", model_type="qwen2", keys=GGUF_KEYS, rules=gguf_rules)
+
+FAMILY = Family(name="Qwen2", model_types=("qwen2",), parse=parse, unparse=unparse, rules=decoder_rules, gguf=GGUF)

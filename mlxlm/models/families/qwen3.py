@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from mlxlm.models.config import TransformerConfig
-from mlxlm.models.families.llama import decoder_rules, gguf_config, gguf_rules, parse_decoder, unparse_decoder
 from mlxlm.models.families.qwen2 import parse_windows, unparse_windows
-from mlxlm.models.family import Family, GgufDialect
+from mlxlm.models.family import Family
+from mlxlm.models.gated_decoders import GGUF_KEYS, decoder_rules, parse_decoder, unparse_decoder
+from mlxlm.models.gguf_dialect import GgufDialect
+from mlxlm.models.gguf_weights import gguf_rules
 from mlxlm.models.hub_config import HubConfig
 
 
@@ -26,15 +28,6 @@ def unparse(config: TransformerConfig) -> dict[str, Any]:
     return {**keys, **unparse_windows(config), "attention_bias": config.stack.layers[0].attention.bias}
 
 
-FAMILY = Family(
-    name="Qwen3",
-    model_types=("qwen3",),
-    parse=parse,
-    unparse=unparse,
-    rules=decoder_rules,
-    gguf=GgufDialect(
-        architectures=("qwen3",),
-        config=lambda metadata, tensors: gguf_config("qwen3", metadata, tensors),
-        rules=lambda config: gguf_rules(config, paired=False),
-    ),
-)
+GGUF = GgufDialect(architecture="qwen3", model_type="qwen3", keys=GGUF_KEYS, rules=gguf_rules)
+
+FAMILY = Family(name="Qwen3", model_types=("qwen3",), parse=parse, unparse=unparse, rules=decoder_rules, gguf=GGUF)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mlxlm.models.config import TransformerConfig
-from mlxlm.models.families.bert import encoder_rules, norm_rules, parse_encoder, unparse_encoder
+from mlxlm.models.encoders import encoder_rules, norm_rules, parse_encoder, unparse_encoder
 from mlxlm.models.family import Family, Layout
 from mlxlm.models.heads import SequenceHeadSpec, SpanHeadSpec
 from mlxlm.models.hub_config import HubConfig

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import FIXTURES
 
 from mlxlm.errors import UsageError
 from mlxlm.layers import CacheSpec
@@ -17,6 +18,7 @@ FAMILIES = [
     "gpt_bigcode", "gptj", "glm", "phi3", "qwen3",
 ]  # fmt: skip
 LENGTH = 40
+FIXTURES = Path(__file__).parent.parent / "fixtures"
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

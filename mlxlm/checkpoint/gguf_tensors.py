@@ -63,6 +63,7 @@ TYPES = {
     40: ("NVFP4", 64, 36),
     41: ("Q1_0", 128, 18),
 }
+NUMBERS = {name: number for number, (name, _, _) in TYPES.items()}
 PLAIN_TYPES = {
     "F32": "float32",
     "F16": "float16",

@@ -14,16 +14,17 @@ from mlxlm.checkpoint.torch_files import INDEX, SUFFIXES, open_torch, torch_file
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """The checkpoint in a .gguf, .safetensors or PyTorch file, or in a directory of the last two; headers only.
 
-    A directory with both holds the same twice, as many on the hub do: the safetensors are taken.
+    A directory with the usual files of both holds the same twice: the safetensors are taken.
     Raises ModelNotFoundError and CheckpointError as `open_gguf`, `open_safetensors` and `open_torch` do.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if path.is_dir():
         names = os.listdir(path)
-        if any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names):
-            return open_safetensors(path)
-        return open_torch(path) if INDEX in names or torch_files(names) else open_safetensors(path)
+        named = any(name == "model.safetensors" or name.endswith(".safetensors.index.json") for name in names)
+        pytorch = not named and {"pytorch_model.bin", INDEX} & set(names)
+        others = any(name.endswith(".safetensors") for name in names)
+        return open_torch(path) if pytorch or (not others and torch_files(names)) else open_safetensors(path)
     if suffix == ".gguf":
         return open_gguf(path)
     return open_torch(path) if suffix in SUFFIXES else open_safetensors(path)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -88,6 +90,52 @@ def save_safetensors(
             temporary.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class FileLayout:
+    """A weight file before it is written.
+
+    header: its first bytes.  positions: name -> first byte in the file and number of bytes.  size: of the file.
+    """
+
+    header: bytes
+    positions: dict[str, tuple[int, int]]
+    size: int
+
+
+def safetensors_layout(
+    entries: Iterable[tuple[str, mx.Dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> FileLayout:
+    """The layout of a safetensors file with these tensors: name, dtype and shape.
+
+    metadata: as for `save_safetensors`. Raises CheckpointError for a dtype that safetensors doesn't have.
+    """
+    # Wide values first: every tensor then starts at a multiple of its value's size, as readers that map the file want.
+    entries = sorted(entries, key=lambda entry: -entry[1].size)
+    header: dict[str, Any] = {}
+    metadata = {"format": "pt"} if metadata is None else dict(metadata)
+    if metadata:
+        header["__metadata__"] = metadata
+    offsets: dict[str, tuple[int, int]] = {}
+    position = 0
+    for name, dtype, shape in entries:
+        if dtype not in _NAMES:
+            raise CheckpointError(f"can't save tensor {name!r}: safetensors has no type for {dtype}")
+        nbytes = math.prod(shape) * dtype.size
+        offsets[name] = position, nbytes
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [position, position + nbytes]}
+        position += nbytes
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    positions = {name: (start + begin, nbytes) for name, (begin, nbytes) in offsets.items()}
+    return FileLayout(len(text).to_bytes(8, "little") + text, positions, start + position)
+
+
+def bytes_of(array: mx.array) -> memoryview:
+    """An array's values as bytes, row after row; evaluates it."""
+    return memoryview(mx.contiguous(array.reshape(-1)).view(mx.uint8))
+
+
 def _batches(pairs: Iterator[tuple[str, mx.array]], limit: int) -> Iterator[list[tuple[str, mx.array]]]:
     """Consecutive tensors of at most `limit` bytes together; at least one batch, possibly empty."""
     names: set[str] = set()
@@ -108,27 +156,15 @@ def _batches(pairs: Iterator[tuple[str, mx.array]], limit: int) -> Iterator[list
 
 def _write_shard(path: Path, batch: list[tuple[str, mx.array]], metadata: dict[str, str]) -> _Shard:
     """Write a file and empty `batch` on the way."""
-    for name, array in batch:
-        if array.dtype not in _NAMES:
-            raise CheckpointError(f"can't save tensor {name!r}: safetensors has no type for {array.dtype}")
-    # Wide values first: every tensor then starts at a multiple of its value's size, as readers that map the file want.
-    batch.sort(key=lambda pair: -pair[1].dtype.size)
-    names, header, position = [name for name, _ in batch], {}, 0
-    size = sum(array.size for _, array in batch)
-    if metadata:
-        header["__metadata__"] = metadata
-    for name, array in batch:
-        offsets = [position, position + array.nbytes]
-        header[name] = {"dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": offsets}
-        position += array.nbytes
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)
+    layout = safetensors_layout(((name, array.dtype, array.shape) for name, array in batch), metadata)
+    order = {name: place for place, name in enumerate(layout.positions)}
+    batch.sort(key=lambda pair: order[pair[0]], reverse=True)
+    size, names = sum(array.size for _, array in batch), list(order)
     with durable_file(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        batch.reverse()
+        file.write(layout.header)
         while batch:
-            file.write(memoryview(mx.contiguous(batch.pop()[1].reshape(-1)).view(mx.uint8)))
-    return _Shard(path, names, position, size)
+            file.write(bytes_of(batch.pop()[1]))
+    return _Shard(path, names, layout.size - len(layout.header), size)
 
 
 def _publish(
@@ -167,13 +203,19 @@ def _replace_shards(directory: Path, new: list[Path], files: list[Path], index: 
         raise CheckpointError(f"{directory}: the shards could be replaced only in part: {error}; save again") from error
 
 
-def _write_index(path: Path, shards: list[_Shard], names: list[str], total_parameters: int | None) -> None:
-    weight_map = {name: file for shard, file in zip(shards, names, strict=True) for name in shard.names}
-    parameters = sum(shard.size for shard in shards) if total_parameters is None else total_parameters
-    data = {
-        "metadata": {"total_size": sum(shard.nbytes for shard in shards), "total_parameters": parameters},
+def index_of(shards: Mapping[str, Iterable[str]], total_size: int, total_parameters: int) -> dict[str, Any]:
+    """The content of an index.  shards: file name -> names of its tensors."""
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    return {
+        "metadata": {"total_size": total_size, "total_parameters": total_parameters},
         "weight_map": dict(sorted(weight_map.items())),
     }
+
+
+def _write_index(path: Path, shards: list[_Shard], names: list[str], total_parameters: int | None) -> None:
+    parameters = sum(shard.size for shard in shards) if total_parameters is None else total_parameters
+    files = {file: shard.names for shard, file in zip(shards, names, strict=True)}
+    data = index_of(files, sum(shard.nbytes for shard in shards), parameters)
     with durable_file(path) as file:
         file.write((json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode("utf-8"))
 

@@ -14,7 +14,7 @@ from mlxlm.models.heads import (
     TransformSpec,
     pool,
 )
-from mlxlm.models.loading import find, load, load_model
+from mlxlm.models.loading import OpenedModel, find, load, load_model, open_model
 from mlxlm.models.saving import save
 from mlxlm.models.source import Source
 from mlxlm.models.transformer import Transformer
@@ -23,6 +23,7 @@ __all__ = [
     "Family",
     "GgufContents",
     "LanguageModelHeadSpec",
+    "OpenedModel",
     "PoolerSpec",
     "SequenceHeadSpec",
     "Source",
@@ -40,6 +41,7 @@ __all__ = [
     "load",
     "load_model",
     "model_types",
+    "open_model",
     "pool",
     "save",
     "with_classification_head",

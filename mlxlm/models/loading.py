@@ -7,6 +7,7 @@ directory: float weights as transformers writes them, quantized ones as mlx-lm d
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ from mlxlm.models.family import Layout
 from mlxlm.models.gguf_dialect import GgufTensors
 from mlxlm.models.source import Source
 from mlxlm.models.transformer import Transformer
-from mlxlm.models.weights import Rule, check, check_copies, to_canonical
+from mlxlm.models.weights import Rule, canonical_names, check, check_copies, to_canonical
 
 if TYPE_CHECKING:
     from mlxlm.tokenizers import Tokenizer
@@ -65,7 +66,8 @@ def load(
     path = find(path_or_hub_id, revision=revision, offline=offline)
     if path.suffix.lower() == ".gguf":
         checkpoint = open_gguf(path)
-        return _model_from_gguf(checkpoint, path, dtype, quantized), tokenizer_from_gguf(checkpoint.metadata)
+        opened = _open_gguf_model(checkpoint, path)
+        return _model(opened, dtype, quantized), tokenizer_from_gguf(checkpoint.metadata)
     tokenizer = load_tokenizer(path)
     return load_model(path, dtype=dtype, quantized=quantized), tokenizer
 
@@ -82,30 +84,50 @@ def find(path_or_hub_id: str | Path, *, revision: str | None = None, offline: bo
 
 def load_model(path: str | Path, *, dtype: str | mx.Dtype | None = None, quantized: bool | None = None) -> Transformer:
     """The model of a local directory or .gguf file, without a tokenizer. Arguments as for `load`."""
+    return _model(open_model(path), dtype, quantized)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedModel:
+    """A model on disk of which only headers have been read.
+
+    source: what it is.  checkpoint: its tensors.  rules: their names.  quantizations: of the quantized ones, by module
+    path on disk.
+    """
+
+    source: Source
+    checkpoint: Checkpoint
+    rules: tuple[Rule, ...]
+    quantizations: dict[str, Quantization]
+
+    def canonical_quantizations(self) -> dict[str, Quantization]:
+        """The same by module path inside the model."""
+        inside: dict[str, Quantization] = {}
+        for path, form in self.quantizations.items():
+            names = canonical_names(self.rules, f"{path}.scales")
+            inside |= dict.fromkeys((name.removesuffix(".scales") for name in names), form)
+        return inside
+
+
+def open_model(path: str | Path) -> OpenedModel:
+    """What a local directory or .gguf file holds. Raises as `load` does."""
     path = Path(path)
     if path.suffix.lower() == ".gguf":
-        return _model_from_gguf(open_gguf(path), path, dtype, quantized)
+        return _open_gguf_model(open_gguf(path), path)
     values = read_json(path / "config.json")
     family = family_of(values)
     checkpoint = unpacked(open_checkpoint(path), values)
     layout: Layout = "mlx" if checkpoint.metadata.get("format") == "mlx" else "hub"
     config = family.read_config(values, frozenset(checkpoint.tensors))
-    compute = _compute_dtype(dtype, values, checkpoint)
-    model = _assemble(
-        config,
-        family.rules(config, layout),
-        _load(checkpoint, compute),
-        quantized_modules(checkpoint, QuantizationConfig.parse(values)),
-        dtype=compute,
-        quantized=quantized,
+    return OpenedModel(
+        source=Source(family=family, path=path, values=values, config=config),
+        checkpoint=checkpoint,
+        rules=family.rules(config, layout),
+        quantizations=quantized_modules(checkpoint, QuantizationConfig.parse(values)),
     )
-    model.source = Source(family=family, path=path, values=values, config=config)
-    return model
 
 
-def _model_from_gguf(
-    checkpoint: Checkpoint, path: Path, dtype: str | mx.Dtype | None, quantized: bool | None
-) -> Transformer:
+def _open_gguf_model(checkpoint: Checkpoint, path: Path) -> OpenedModel:
     family = gguf_family(str(checkpoint.metadata.get("general.architecture", "")))
     assert family.gguf is not None
 
@@ -115,17 +137,21 @@ def _model_from_gguf(
     shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
     values = family.gguf.config(checkpoint.metadata, GgufTensors(shapes, read))
     config = family.read_config(values, family.gguf.weights)
-    compute = _compute_dtype(dtype, values, checkpoint)
-    model = _assemble(
-        config,
-        family.gguf.rules(config),
-        _load(checkpoint, compute),
-        quantized_modules(checkpoint, None),
-        dtype=compute,
-        quantized=quantized,
-    )
     values = {**values, **_gguf_token_ids(checkpoint.metadata)}
-    model.source = Source(family=family, path=path, values=values, config=config)
+    return OpenedModel(
+        source=Source(family=family, path=path, values=values, config=config),
+        checkpoint=checkpoint,
+        rules=family.gguf.rules(config),
+        quantizations=quantized_modules(checkpoint, None),
+    )
+
+
+def _model(opened: OpenedModel, dtype: str | mx.Dtype | None, quantized: bool | None) -> Transformer:
+    source, checkpoint = opened.source, opened.checkpoint
+    compute = _compute_dtype(dtype, source.values, checkpoint)
+    tensors = _load(checkpoint, compute)
+    model = _assemble(source.config, opened.rules, tensors, opened.quantizations, dtype=compute, quantized=quantized)
+    model.source = source
     return model
 
 
@@ -164,8 +190,11 @@ def parse_dtype(dtype: str | mx.Dtype) -> mx.Dtype:
 
 
 def _compute_dtype(dtype: str | mx.Dtype | None, values: dict[str, Any], checkpoint: Checkpoint) -> mx.Dtype:
-    if dtype is not None:
-        return parse_dtype(dtype)
+    return parse_dtype(dtype) if dtype is not None else runtime.default_dtype(checkpoint_dtype(values, checkpoint))
+
+
+def checkpoint_dtype(values: Mapping[str, Any], checkpoint: Checkpoint) -> mx.Dtype:
+    """The floating dtype of a checkpoint: what its config.json says, else that of most of the bytes."""
     named = values.get("dtype") or values.get("torch_dtype")
     if named not in _DTYPES:
         # GGUF files and some old configs don't say; most of the bytes do. Quantized tensors have float16 scales.
@@ -174,7 +203,7 @@ def _compute_dtype(dtype: str | mx.Dtype | None, values: dict[str, Any], checkpo
             kind = info.dtype if info.dtype in _DTYPES else "float16"
             sizes[kind] = sizes.get(kind, 0) + info.nbytes
         named = max(sizes, key=lambda kind: sizes[kind], default="float32")
-    return runtime.default_dtype(_DTYPES[named])
+    return _DTYPES[named]
 
 
 def _assemble(

@@ -19,6 +19,7 @@ from mlxlm.checkpoint import (
 )
 from mlxlm.errors import UsageError
 from mlxlm.layers import differences
+from mlxlm.models.config import TransformerConfig
 from mlxlm.models.families import family as family_by_name
 from mlxlm.models.family import Family, Layout
 from mlxlm.models.hub_config import notes
@@ -65,10 +66,10 @@ def save(
     rules = home.rules(model.config, layout)
     parameters = dict(tree_flatten(model.parameters()))
     tensors = to_hub(rules, parameters)
-    values = _config_values(model, home, source, tensors)
+    values = config_values(model.config, home, source, tensors)
     values.pop("quantization", None), values.pop("quantization_config", None)
     if modules:
-        values["quantization"] = values["quantization_config"] = _quantization_config(rules, modules)
+        values["quantization"] = values["quantization_config"] = quantization_entry(rules, modules)
     values["dtype" if "dtype" in values else "torch_dtype"] = _dtype_name(parameters)
     if source is None and tokenizer is not None:
         values |= {name: id for name, id in _token_ids(tokenizer).items() if values.get(name) is None}
@@ -84,24 +85,27 @@ def save(
     save_safetensors(
         directory, tensors, metadata={"format": "mlx" if modules else "pt"}, max_shard_bytes=max_shard_bytes
     )
-    _copy_sidecars(source, directory)
+    copy_sidecars(source, directory)
     write_json_atomic(directory / "config.json", values)
 
 
-def _config_values(model: Transformer, family: Family, source: Source | None, weights: Iterable[str]) -> dict[str, Any]:
+def config_values(
+    config: TransformerConfig, family: Family, source: Source | None, weights: Iterable[str]
+) -> dict[str, Any]:
     """The source's own config.json while it still describes the model, else one written anew that keeps its notes.
 
+    weights: names of the tensors on disk.
     Raises UsageError when a config.json of this family can't say what the model is.
     """
     if source is not None and source.family is family:
-        if source.config == model.config and "architectures" in source.values:
+        if source.config == config and "architectures" in source.values:
             return dict(source.values)
-        values = {**notes(source.values), **family.unparse(model.config)}
+        values = {**notes(source.values), **family.unparse(config)}
     else:
-        values = family.unparse(model.config)
+        values = family.unparse(config)
     described = family.read_config(values, frozenset(weights))
-    if described != model.config:
-        unlike = ", ".join(differences(model.config, described))
+    if described != config:
+        unlike = ", ".join(differences(config, described))
         raise UsageError(f"a config.json of {family.name} can't describe this model: {unlike}")
     return values
 
@@ -121,7 +125,7 @@ def _quantized(model: Transformer) -> dict[str, Quantization]:
     }
 
 
-def _quantization_config(rules: tuple[Rule, ...], modules: dict[str, Quantization]) -> dict[str, Any]:
+def quantization_entry(rules: tuple[Rule, ...], modules: dict[str, Quantization]) -> dict[str, Any]:
     """One default, and an override for every module (by its path on disk) that differs from it."""
     forms = list(modules.values())
     default = max(dict.fromkeys(forms), key=forms.count)
@@ -142,7 +146,8 @@ def _dtype_name(parameters: dict[str, mx.array]) -> str:
     return max(sizes, key=lambda name: sizes[name])
 
 
-def _copy_sidecars(source: Source | None, directory: Path) -> None:
+def copy_sidecars(source: Source | None, directory: Path) -> None:
+    """Copy the small files that say how a checkpoint is used, where the source is a directory that has them."""
     if source is None or source.path is None or not source.path.is_dir():
         return
     for name in _SIDECARS:

@@ -229,6 +229,15 @@ def hub_name(rules: Iterable[Rule], canonical: str) -> str:
     return found[0].hub[0].format(**found[1])
 
 
+def canonical_names(rules: Iterable[Rule], hub: str) -> tuple[str, ...]:
+    """The names inside of a tensor on disk; none when no rule knows it or it carries nothing."""
+    for rule in rules:
+        values = rule.match_hub(hub)
+        if values is not None:
+            return rule.canonical_names(values)
+    return ()
+
+
 def _rule_for(rules: tuple[Rule, ...], canonical: str) -> tuple[Rule, dict[str, str]] | None:
     for rule in rules:
         for pattern in rule.canonical:

@@ -16,7 +16,7 @@ from mlxlm.tokenizers.tokenizer_classes import WORD_PIECE_TOKENS
 from mlxlm.tokenizers.vocabulary_files import byte_level, check_tokens, word_piece
 
 # llama.cpp's key for "sep" is misspelt; files in the wild have it either way.
-_ID_KEYS = {
+ID_KEYS = {
     "bos": ("bos_token_id",),
     "eos": ("eos_token_id",),
     "unk": ("unknown_token_id",),
@@ -76,7 +76,7 @@ class Metadata:
         return [PieceType.NORMAL] * len(self.tokens) if types is None else [int(kind) for kind in types]
 
     def token_id(self, role: str) -> int | None:
-        for key in _ID_KEYS[role]:
+        for key in ID_KEYS[role]:
             id = self.integer(f"tokenizer.ggml.{key}")
             if id is not None:
                 if not 0 <= id < len(self.tokens):
@@ -92,7 +92,7 @@ class Metadata:
         return None if id is None else (self.tokens[id], id)
 
     def named(self) -> dict[str, str]:
-        return {role: special[0] for role in _ID_KEYS if (special := self.special(role)) is not None}
+        return {role: special[0] for role in ID_KEYS if (special := self.special(role)) is not None}
 
     def added(self) -> list[AddedToken]:
         """Control tokens, which are special, and user-defined ones, which are ordinary text kept whole."""

@@ -7,7 +7,7 @@ Field numbers are those of the published .proto file.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import IntEnum
 
 UNIGRAM, BPE = 1, 2
@@ -88,3 +88,42 @@ def without_dummy_prefix(model: bytes) -> bytes:
     Protobuf merges repeated occurrences of a message and keeps the last value of a field: so one is appended.
     """
     return model + _bytes(3, _integer(3, False))
+
+
+def model_kind(model: bytes) -> int:
+    """UNIGRAM, BPE or another kind, as a serialized model says it (UNIGRAM when it doesn't)."""
+    kind = UNIGRAM
+    for field, value in _fields(model):
+        if field == 2 and isinstance(value, bytes):
+            for inner, number in _fields(value):
+                kind = number if inner == 3 and isinstance(number, int) else kind
+    return kind
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Numbers and values of a message's fields; stops where it is damaged."""
+    position = 0
+
+    def varint() -> int:
+        nonlocal position
+        value, shift = 0, 0
+        while position < len(message) and shift < 64:
+            byte = message[position]
+            position += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                break
+        return value
+
+    while position < len(message):
+        key = varint()
+        wire = key & 7
+        if wire == 0:
+            yield key >> 3, varint()
+            continue
+        if wire not in (1, 2, 5):
+            return
+        length = varint() if wire == 2 else {1: 8, 5: 4}[wire]
+        yield key >> 3, message[position : position + length]
+        position += length

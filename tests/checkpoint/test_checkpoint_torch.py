@@ -13,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from torch_pickles import archive, state, storage, tensor
 
 from mlxlm.checkpoint import open_checkpoint, open_safetensors, open_torch
 from mlxlm.checkpoint.pickles import Refused, StridedTensor, read_pickle
@@ -23,51 +24,6 @@ FIXTURES = Path(__file__).parent.parent / "fixtures" / "torch"
 
 def same(found: mx.array, expected: mx.array) -> bool:
     return found.dtype == expected.dtype and found.shape == expected.shape and bool(mx.array_equal(found, expected))
-
-
-# ---------------------------------------------------------------------------------------------------- by hand
-
-
-def word(text: str) -> bytes:
-    return b"X" + struct.pack("<I", len(text)) + text.encode()
-
-
-def named(full: str) -> bytes:
-    module, _, name = full.rpartition(".")
-    return f"c{module}\n{name}\n".encode()
-
-
-def number(value: int) -> bytes:
-    data = value.to_bytes(9, "little", signed=True)
-    return b"\x8a" + bytes([len(data)]) + data
-
-
-def group(*items: bytes) -> bytes:
-    return b"(" + b"".join(items) + b"t"
-
-
-def storage(key: str = "0", count: int = 6, kind: str = "torch.FloatStorage") -> bytes:
-    return group(word("storage"), named(kind), word(key), word("cpu"), number(count)) + b"Q"
-
-
-def tensor(shape=(2, 3), strides=(3, 1), offset=0, held: bytes | None = None) -> bytes:
-    sizes, steps = group(*map(number, shape)), group(*map(number, strides))
-    arguments = group(
-        held or storage(), number(offset), sizes, steps, b"\x89", named("collections.OrderedDict") + b")R"
-    )
-    return named("torch._utils._rebuild_tensor_v2") + arguments + b"R"
-
-
-def state(**items: bytes) -> bytes:
-    return b"\x80\x02}(" + b"".join(word(name) + item for name, item in items.items()) + b"u."
-
-
-def archive(path: Path, content: bytes, data: bytes = bytes(24), *, compress: bool = False, key: str = "0") -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if compress else zipfile.ZIP_STORED) as file:
-        file.writestr("archive/data.pkl", content)
-        file.writestr(f"archive/data/{key}", data)
-        file.writestr("archive/byteorder", "little")
-    return path
 
 
 class Call:

@@ -16,6 +16,7 @@ from mlxlm.data.building import build_store, prepare
 from mlxlm.data.jsonl import read_jsonl
 from mlxlm.data.mixture import Mixture
 from mlxlm.data.reader import TokenReader
+from mlxlm.data.share import RowShare
 from mlxlm.data.sources import Source, read_documents
 from mlxlm.data.store import TokenStore
 from mlxlm.data.supervised import TRUNCATIONS, Encoding, Example, Report, encode_rows, label_names
@@ -36,6 +37,7 @@ __all__ = [
     "Mixture",
     "Report",
     "RowObjective",
+    "RowShare",
     "Rows",
     "Scored",
     "Source",

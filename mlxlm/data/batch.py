@@ -17,6 +17,9 @@ Batch = dict[str, np.ndarray]
 IGNORE = -100
 """The target of a place whose prediction is not scored."""
 
+TARGETS = ("targets", "labels", "next_sentence_labels")
+"""Arrays of a batch that say what is to be learned."""
+
 
 @runtime_checkable
 class BatchSource(Protocol):

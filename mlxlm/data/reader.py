@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from mlxlm.data.batch import IGNORE, Batch, RowObjective
+from mlxlm.data.batch import IGNORE, TARGETS, Batch, RowObjective
 from mlxlm.data.mixture import Mixture
 from mlxlm.data.rows import PackedRows, Rows, SingleRows, num_rows
 from mlxlm.data.store import TokenStore
 from mlxlm.errors import DataError, UsageError
 
 _WINDOW = 64  # batches whose rows are sorted by length together
-_TARGETS = ("targets", "labels", "next_sentence_labels")
 
 
 class TokenReader:
@@ -84,7 +83,7 @@ class TokenReader:
         if mine:
             self.num_tokens += sum(len(piece) for row in rows for piece in row)
         else:
-            batch = {key: np.full_like(value, IGNORE) if key in _TARGETS else value for key, value in batch.items()}
+            batch = {key: np.full_like(value, IGNORE) if key in TARGETS else value for key, value in batch.items()}
         self._batch += 1
         if self._batch == self.batches_per_epoch:
             self.epoch, self._batch = self.epoch + 1, 0

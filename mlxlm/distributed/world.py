@@ -64,6 +64,8 @@ class World:
         self._closed = threading.Event()
         self._lost: list[int] = []
         self.links: Links | None = None
+        # The result of the newest operation of the backend, which the next one waits for.
+        self.last_operation: mx.array | None = None
         if self.size > 1:
             self.links = Links(self.rank, self.size, self._exchange, own_address(host), self._lost.append)
             self._seen = dict.fromkeys(range(self.size), time.monotonic())
@@ -109,6 +111,15 @@ class World:
         finally:
             self._waiting = before
 
+    @contextlib.contextmanager
+    def own_order(self) -> Iterator[None]:
+        """A stretch whose operations wait for each other, but for none before: what a compiled function traces."""
+        self.last_operation = None
+        try:
+            yield
+        finally:
+            self.last_operation = None
+
     def close(self) -> None:
         """Take leave: the others know then that this rank has finished well."""
         if self._closed.is_set():
@@ -117,6 +128,7 @@ class World:
         for comm in self._comms.values():
             comm.native = None  # MPI wants its groups gone before the process ends
         self._comms.clear()
+        self.last_operation = None
         if self.links is not None:
             self.links.close()
 

@@ -1,0 +1,213 @@
+"""A model under a mesh: what this process holds of it, and how losses and gradients come together.
+
+`Parallel` is what `mlxlm.training.Step` and `Trainer` take as their communicator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlxlm.distributed.buckets import summed
+from mlxlm.distributed.mesh import Mesh
+from mlxlm.distributed.pieces import Piece
+from mlxlm.distributed.tensor_parallel import share_tensors
+from mlxlm.distributed.tensor_plan import TensorPlan
+from mlxlm.distributed.world import World
+from mlxlm.distributed.zero import shard, shard_layers, shard_piece, shards_of_sum, whole
+from mlxlm.errors import UsageError
+from mlxlm.models import Transformer
+
+Arrays = dict[str, mx.array]
+
+# Optimizers that look at each number of a parameter by itself, so that parts of parameters can be updated apart.
+ELEMENTWISE = ("adamw", "lion", "sgd")
+
+
+class Parallel:
+    """This process's part of a model that the processes of a mesh train or run together.
+
+    model: whole, the same in every process; keeps this process's part only, in place. Its arrays may be lazy, so that
+    nothing else is ever computed.  zero: what replicas share, 0 nothing to 3 everything, see zero.py.
+
+    Attributes:
+        pieces: of each parameter of the model as it is held, by name.
+        data: the communicator of processes with the same part of the model and other data; tensor: of those that share
+        matrices.  lazy: whether all communication is part of MLX's graphs, which can then be compiled.
+        recomputes: whether all layers must be computed again for gradients.
+
+    Raises UsageError for a model that the mesh can't share.
+    """
+
+    def __init__(self, world: World, mesh: Mesh, model: Transformer, *, zero: int = 0):
+        if mesh.size != world.size:
+            raise UsageError(f"the mesh {mesh} is for {mesh.size} processes, but there are {world.size}")
+        if zero not in (0, 1, 2, 3):
+            raise UsageError(f"zero is {zero!r}; expected 0, 1, 2 or 3")
+        mesh.check(model.config)
+        self.world, self.mesh, self.zero, self.config = world, mesh, zero, model.config
+        self.place = mesh.place(world.rank)
+        self.data = world.comm(mesh.groups("dp", "sp"), "data")
+        self.tensor = world.comm(mesh.groups("tp"), "tensor")
+        # Processes that hold different parts of one replica, or of all of them where those share it, too.
+        self._parts = world.comm(mesh.groups("tp", "pp", *(("dp", "sp") if zero else ())), "parts")
+        self._plan = TensorPlan(model.config, mesh.tp, self.place["tp"])
+        self._check_equal(model)
+        self.pieces = share_tensors(model, self.tensor)
+        self._rows = {name: piece.size[0] for name, piece in self.pieces.items() if piece.shape}
+        self._in_layers: set[str] = set()
+        if self.zero == 3 and self.data.size > 1:
+            self._in_layers = shard_layers(model, self.data)
+            for name in self._in_layers:
+                self.pieces[name] = shard_piece(self.data, self.pieces[name])
+
+    @property
+    def lazy(self) -> bool:
+        """See the class."""
+        return all(comm.lazy for comm in (self.data, self.tensor, self._parts))
+
+    @property
+    def recomputes(self) -> bool:
+        """See the class."""
+        return bool(self._in_layers)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether trained weights rest as shards of what the model computes with."""
+        return bool(self.zero) and self.data.size > 1
+
+    # ------------------------------------------------------------------------------------------------ in a step
+
+    def check_optimizer(self, name: str) -> None:
+        """Raise UsageError for an optimizer that needs whole matrices where there are parts of them."""
+        if (self.sharded or self.tensor.size > 1) and name not in ELEMENTWISE:
+            raise UsageError(
+                f"{name} looks at whole matrices, of which each process has a part here; use "
+                f"{' or '.join(ELEMENTWISE)}, or data parallelism without zero"
+            )
+
+    def keep(self, trained: Arrays) -> Arrays:
+        """What this process keeps and updates of the trained weights of its model."""
+        if not self.sharded:
+            return trained
+        for name in trained:
+            if name not in self._in_layers:
+                self.pieces[name] = shard_piece(self.data, self.pieces[name])
+        return {name: a if name in self._in_layers else shard(self.data, a) for name, a in trained.items()}
+
+    def weights(self, kept: Arrays, dtype: mx.Dtype | None = None) -> Arrays:
+        """The weights that the model computes with, of what is kept.  dtype: to gather them in, default their own."""
+        if not self.sharded:
+            return kept
+        apart = {name: a if dtype is None else a.astype(dtype) for name, a in kept.items() if name not in self._in_layers}
+        found = whole(self.data, apart, self._rows)
+        return {name: found.get(name, a) for name, a in kept.items()}
+
+    def collect(self, gradients: Arrays, kept: Arrays) -> Arrays:
+        """What is kept from batch to batch of this process's gradients, in the dtypes of the weights that are kept."""
+        if not self.sharded:
+            return gradients
+        gradients = self._add_up({name: a.astype(kept[name].dtype) for name, a in gradients.items()})
+        return gradients if self.zero == 1 else self._shards(gradients)
+
+    def _add_up(self, gradients: Arrays) -> Arrays:
+        """Gradients of which each of the processes that share matrices has a part."""
+        if self.tensor.size == 1:
+            return gradients
+        # In the layers of stage 3 gradients are shards by now; the rows of a whole parameter are the same everywhere.
+        pieces = {name: self._tensor_piece(name) for name in gradients if self._plan.summed(name)}
+        pasted = {
+            name: gradients[name] if name in self._in_layers else piece.paste(gradients[name])
+            for name, piece in pieces.items()
+        }
+        found = summed(self.tensor, pasted)
+        cut = {name: a if name in self._in_layers else pieces[name].cut(a) for name, a in found.items()}
+        return {name: cut.get(name, a) for name, a in gradients.items()}
+
+    def _shards(self, gradients: Arrays) -> Arrays:
+        apart = {name: a for name, a in gradients.items() if name not in self._in_layers}
+        found = shards_of_sum(self.data, apart)
+        return {name: found.get(name, a) for name, a in gradients.items()}
+
+    def reduce(self, sums: dict[str, Any]) -> dict[str, Any]:
+        """Loss, count of targets and gradients of all processes together, from those of this one."""
+        gradients: Arrays = sums["gradients"] if self.sharded else self._add_up(sums["gradients"])
+        if not self.sharded:
+            gradients = summed(self.data, gradients)
+        elif self.zero == 1:
+            gradients = {name: shard(self.data, a) for name, a in summed(self.data, gradients).items()}
+        loss, count = self.measure(sums["loss"], sums["count"])
+        return {"loss": loss, "count": count, "gradients": gradients}
+
+    def measure(self, loss: mx.array, count: mx.array) -> tuple[mx.array, mx.array]:
+        """Sum of losses and number of targets of all processes, from those of this one."""
+        if self.data.size == 1:
+            return loss, count
+        return self.data.sum(loss, "losses"), self.data.sum(count.astype(mx.int32), "numbers of targets")
+
+    def squares(self, gradients: Arrays) -> mx.array:
+        """The sum of squares of the whole gradient, of which this process has these parts."""
+        total = mx.zeros(())
+        for name, array in gradients.items():
+            total = total + array.astype(mx.float32).square().sum() / self._copies(name)
+        return self._parts.sum(total, "gradient norm")
+
+    def _copies(self, name: str) -> int:
+        """How many of the processes whose squares are added up hold the same part of a parameter."""
+        here = self.pieces[name] if not self.sharded else self._tensor_piece(name)
+        if here.is_whole:
+            return self.mesh.tp
+        return sum(self._plan_of(index).piece(name, here.shape) == here for index in range(self.mesh.tp))
+
+    def _plan_of(self, index: int) -> TensorPlan:
+        return TensorPlan(self.config, self.mesh.tp, index)
+
+    def _tensor_piece(self, name: str) -> Piece:
+        return self._plan.piece(name, self.pieces[name].shape)
+
+    def traced(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that may be compiled: what it communicates is in an order of its own."""
+
+        def run(*arguments: Any) -> Any:
+            with self.world.own_order():
+                return function(*arguments)
+
+        return run
+
+    # ------------------------------------------------------------------------------------------------ around steps
+
+    def together(self, *numbers: int) -> list[int]:
+        """The sum over all processes of each number."""
+        with self.world.waiting("counts"):
+            return self.world.everyone.sum(mx.array(numbers, dtype=mx.int32), "counts").tolist()
+
+    def check_equal(self, arrays: Arrays, what: str = "weights") -> None:
+        """Raise DistributedError, naming the ranks, unless processes with the same part have the same bits in it."""
+        from hashlib import sha256
+
+        digest = sha256()
+        for name, array in sorted(arrays.items()):
+            digest.update(name.encode())
+            digest.update(memoryview(mx.contiguous(array.reshape(-1)).view(mx.uint8)))
+        self.data.agree(digest.hexdigest(), what)
+
+    def _check_equal(self, model: Transformer) -> None:
+        if self.data.size > 1:
+            self.check_equal(dict(tree_flatten(model.parameters())), "the weights at the start")
+
+    def seed(self, seed: int) -> int:
+        """A seed of this process's own for what differs with the data, such as dropout."""
+        return (seed + 7919 * self.data.index) % 2**32
+
+    def random_states(self, state: Sequence[int]) -> list[list[int]]:
+        """The random states of all processes with other data, in their order."""
+        return self.data.stack(mx.array(state, dtype=mx.uint32), "random states").tolist()
+
+    def random_state(self, states: Sequence[Sequence[int]]) -> list[int]:
+        """This process's of the random states that were saved; one made of them where there were fewer or more."""
+        if len(states) == self.data.size:
+            return list(states[self.data.index])
+        return [int(states[0][0]), (int(states[0][1]) + 7919 * self.data.index) % 2**32]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from mlxlm.distributed.communicator import Comm
 from mlxlm.distributed.mesh import Mesh, parse_mesh
+from mlxlm.distributed.parallel import Parallel
 from mlxlm.distributed.world import World, connect
 
-__all__ = ["Comm", "Mesh", "World", "connect", "parse_mesh"]
+__all__ = ["Comm", "Mesh", "Parallel", "World", "connect", "parse_mesh"]

@@ -54,9 +54,7 @@ def scattered(comm: Comm, arrays: Mapping[str, mx.array], *, bucket_bytes: int =
     return {name: found[name] for name in arrays}
 
 
-def _parts(
-    joined: mx.array, arrays: Mapping[str, mx.array], names: list[str]
-) -> Iterator[tuple[str, mx.array]]:
+def _parts(joined: mx.array, arrays: Mapping[str, mx.array], names: list[str]) -> Iterator[tuple[str, mx.array]]:
     """What the last axis of a bucket holds for each array."""
     start = 0
     for name in names:

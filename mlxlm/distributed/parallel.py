@@ -98,11 +98,11 @@ class Parallel:
                 self.pieces[name] = shard_piece(self.data, self.pieces[name])
         return {name: a if name in self._in_layers else shard(self.data, a) for name, a in trained.items()}
 
-    def weights(self, kept: Arrays, dtype: mx.Dtype | None = None) -> Arrays:
-        """The weights that the model computes with, of what is kept.  dtype: to gather them in, default their own."""
+    def weights(self, kept: Arrays) -> Arrays:
+        """The weights that the model computes with, of what is kept."""
         if not self.sharded:
             return kept
-        apart = {name: a if dtype is None else a.astype(dtype) for name, a in kept.items() if name not in self._in_layers}
+        apart = {name: a for name, a in kept.items() if name not in self._in_layers}
         found = whole(self.data, apart, self._rows)
         return {name: found.get(name, a) for name, a in kept.items()}
 
@@ -148,11 +148,13 @@ class Parallel:
             return loss, count
         return self.data.sum(loss, "losses"), self.data.sum(count.astype(mx.int32), "numbers of targets")
 
-    def squares(self, gradients: Arrays) -> mx.array:
-        """The sum of squares of the whole gradient, of which this process has these parts."""
-        total = mx.zeros(())
+    def squares(self, gradients: Arrays, square_sum: Callable[[list[mx.array]], mx.array]) -> mx.array:
+        """The sum of squares of the whole gradient, of which this process has these parts.  square_sum: of arrays."""
+        by_copies: dict[int, list[mx.array]] = {}
         for name, array in gradients.items():
-            total = total + array.astype(mx.float32).square().sum() / self._copies(name)
+            by_copies.setdefault(self._copies(name), []).append(array)
+        # What several processes hold alike counts once.
+        total = sum((square_sum(arrays) / copies for copies, arrays in by_copies.items()), mx.zeros(()))
         return self._parts.sum(total, "gradient norm")
 
     def _copies(self, name: str) -> int:
@@ -179,10 +181,15 @@ class Parallel:
 
     # ------------------------------------------------------------------------------------------------ around steps
 
-    def together(self, *numbers: int) -> list[int]:
-        """The sum over all processes of each number."""
-        with self.world.waiting("counts"):
-            return self.world.everyone.sum(mx.array(numbers, dtype=mx.int32), "counts").tolist()
+    @property
+    def first(self) -> bool:
+        """Whether this process writes what is written once, and reports."""
+        return self.world.rank == 0
+
+    def together(self, what: str, *numbers: int) -> list[int]:
+        """The sum over all data of each number; waits for all processes.  what: they do then, for error messages."""
+        with self.world.waiting(what):
+            return self.world.everyone.sum(mx.array(numbers, dtype=mx.int32), what).tolist()
 
     def check_equal(self, arrays: Arrays, what: str = "weights") -> None:
         """Raise DistributedError, naming the ranks, unless processes with the same part have the same bits in it."""

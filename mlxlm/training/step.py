@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxlm import runtime
 from mlxlm.errors import UsageError
 from mlxlm.models import Transformer
+from mlxlm.training.communicator import Communicator
 from mlxlm.training.optimizers import Optimizer
 from mlxlm.training.settings import TrainSettings
 from mlxlm.training.tasks import Task, regularised
@@ -48,9 +49,13 @@ class Step:
     when nothing is trainable.
     """
 
-    def __init__(self, model: Transformer, task: Task, settings: TrainSettings):
+    def __init__(
+        self, model: Transformer, task: Task, settings: TrainSettings, communicator: Communicator | None = None
+    ):
         task = regularised(task, label_smoothing=settings.label_smoothing, z_loss=settings.z_loss)
         self.model, self.task, self.settings = model, task, settings
+        self.communicator = Communicator() if communicator is None else communicator
+        self.communicator.check_optimizer(settings.optimizer)
         self._evaluated = task.for_evaluation()
         trained = dict(tree_flatten(model.trainable_parameters()))
         if not trained:
@@ -59,15 +64,17 @@ class Step:
         keep = mx.float32 if settings.master_weights else self.dtype
         trained = {name: array.astype(keep) for name, array in trained.items()}
         self._convert_frozen(trained)
+        trained = self.communicator.keep(trained)
         self.state: dict[str, Any] = {"parameters": trained}
         self.optimizer = Optimizer(settings, trained)
         self.state["optimizer"] = self.optimizer.state
         if settings.ema_decay is not None:
             self.state["average"] = {name: array.astype(mx.float32) for name, array in trained.items()}
-        mx.random.seed(settings.seed)
+        mx.random.seed(self.communicator.seed(settings.seed))
         layers = max(len(stack.layers) for stack in (model.config.encoder, model.config.decoder) if stack is not None)
         # Set on this model alone, and taken back by `close`: no other model of the process is touched.
-        model.recompute_layers(layers if settings.recompute_layers < 0 else settings.recompute_layers)
+        every = settings.recompute_layers < 0 or self.communicator.recomputes
+        model.recompute_layers(layers if every else settings.recompute_layers)
         self.shapes: set[tuple] = set()
         self._build()
         self.give_back()
@@ -96,7 +103,7 @@ class Step:
                 sums = self._next(sums, batch)
             return Outcome(*self._update(sums))
         finally:
-            self.give_back()
+            self._rest()
 
     def evaluate(self, batch: dict[str, np.ndarray]) -> tuple[float, int]:
         """Sum of losses and number of targets of a batch, with the averaged weights where they are kept."""
@@ -106,7 +113,7 @@ class Step:
             loss, count = self._measure(weights, self._arrays(batch, self._evaluated))
             mx.eval(loss, count)
         finally:
-            self.give_back()
+            self._rest()
         return loss.item(), count.item()
 
     def give_back(self, averaged: bool = False) -> None:
@@ -114,7 +121,11 @@ class Step:
         weights = self.state["parameters"]
         if averaged and "average" in self.state:
             weights = {name: array.astype(weights[name].dtype) for name, array in self.state["average"].items()}
-        self.model.update(tree_unflatten(list(weights.items())))
+        self.model.update(tree_unflatten(list(self.communicator.weights(weights).items())))
+
+    def _rest(self) -> None:
+        """Between steps the model holds what is kept of its weights."""
+        self.model.update(tree_unflatten(list(self.state["parameters"].items())))
 
     def close(self) -> None:
         """Leave the model as a user wants it: trained (averaged) weights, evaluation mode, nothing recomputed."""
@@ -131,8 +142,12 @@ class Step:
         wanted = self.settings.compile
         compiled = runtime.backend() != "cpu" if wanted is None else wanted
 
+        if wanted and not self.communicator.lazy:
+            raise UsageError("compile needs communication that is part of MLX's graphs, which this mesh has not")
+
         def finish(function: Any, stateful: bool = True) -> Any:
-            if not compiled:
+            function = self.communicator.traced(function)
+            if not compiled or not self.communicator.lazy:
                 return function
             return mx.compile(function, inputs=captured, outputs=captured) if stateful else mx.compile(function)
 
@@ -140,7 +155,7 @@ class Step:
         self._first = finish(self._begin)
         self._next = finish(self._add)
         self._update = finish(self._apply)
-        self._measure = finish(self._loss_of(self._evaluated), stateful=False)
+        self._measure = finish(self._measured, stateful=False)
 
     def _arrays(self, batch: dict[str, np.ndarray], task: Task) -> Arrays:
         prepared = task.prepare(batch)
@@ -160,9 +175,14 @@ class Step:
 
     def _sums(self, batch: Arrays) -> dict[str, Any]:
         """Sum of losses, number of targets and gradient of the sum, in the dtype to compute in."""
-        weights = self._computed(self.state["parameters"])
+        kept = self.state["parameters"]
+        weights = self.communicator.weights(self._computed(kept))
         (loss, count), gradients = mx.value_and_grad(self._loss_of(self.task))(weights, batch)
-        return {"loss": loss, "count": count, "gradients": gradients}
+        return {"loss": loss, "count": count, "gradients": self.communicator.collect(gradients, kept)}
+
+    def _measured(self, kept: Arrays, batch: Arrays) -> tuple[mx.array, mx.array]:
+        weights = self.communicator.weights(self._computed(kept))
+        return self.communicator.measure(*self._loss_of(self._evaluated)(weights, batch))
 
     def _begin(self, batch: Arrays) -> dict[str, Any]:
         """The sums of the first of several batches, of which the gradient is kept in the dtype of the weights."""
@@ -177,8 +197,9 @@ class Step:
 
     def _apply(self, sums: dict[str, Any]) -> tuple[mx.array, mx.array, mx.array, mx.array]:
         """Divide by the number of all targets, clip, update; leave everything as it was when that isn't possible."""
+        sums = self.communicator.reduce(sums)
         gradients, count = sums["gradients"], sums["count"]
-        norm = mx.sqrt(_square_sum(list(gradients.values()))) / mx.maximum(count, 1)
+        norm = mx.sqrt(self.communicator.squares(gradients, _square_sum)) / mx.maximum(count, 1)
         valid = mx.isfinite(norm) & (count > 0)
         scale = 1.0 / mx.maximum(count, 1)
         if self.settings.clip_norm is not None:

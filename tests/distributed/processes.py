@@ -72,9 +72,13 @@ def finish(processes, limit):
     return statuses, errors
 
 
-def run_ranks(count, module, function, *arguments, limit=60):
-    """What the function gave on each rank, dicts of numpy arrays. Fails when a rank does."""
+def run_ranks(count, module, function, *arguments, limit=60, prepare=lambda folder: None):
+    """What the function gave on each rank, dicts of numpy arrays. Fails when a rank does.
+
+    prepare: called with the ranks' folder before they start.
+    """
     with tempfile.TemporaryDirectory() as folder:
+        prepare(Path(folder))
         statuses, errors = finish(start_ranks(count, module, function, *arguments, folder=folder), limit)
         assert statuses == [0] * count, "\n".join(errors)
         results = []

@@ -1,0 +1,73 @@
+"""Ten AdamW steps under every mesh against one process: losses and final weights, and what each rank holds."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+from processes import run_ranks
+from training_cases import Batches, references
+from training_runs import tiny_model
+
+from mlxlm.data import RowShare
+
+TWO = [
+    "llama dp=2 0", "llama dp=2 1", "llama dp=2 2", "llama dp=2 3", "llama tp=2 0",
+    "bert dp=2 0", "bert dp=2 3", "bert tp=2 0", "t5 dp=2 2", "t5 dp=2 3", "t5 tp=2 0",
+]  # fmt: skip
+FOUR = ["llama dp=2,tp=2 0", "llama dp=2,tp=2 2", "qwen3 dp=2,tp=2 3", "llama dp=4 3", "bert dp=2,tp=2 1", "t5 tp=4 0"]
+
+
+def under_meshes(count, cases):
+    prepare = functools.partial(references, cases=cases)
+    return run_ranks(count, "training_cases", "under_meshes", *cases, limit=60 * count, prepare=prepare)
+
+
+def check(results, case):
+    for got in results:
+        assert got[f"{case}/moved"] > 0.01
+        assert got[f"{case}/losses"] < 1e-5
+        assert got[f"{case}/weights"] < 1e-5
+    assert len({float(got[f"{case}/evaluated"]) for got in results}) == 1
+
+
+@pytest.fixture(scope="module")
+def two():
+    return under_meshes(2, TWO)
+
+
+@pytest.mark.parametrize("case", TWO)
+def test_two_ranks_train_as_one_process_does(two, case):
+    check(two, case)
+
+
+def test_shards_take_their_part_of_weights_and_optimizer_state(two):
+    for got in two:
+        whole = got["llama dp=2 0/count"]
+        assert got["llama dp=2 0/model"] == whole == got["llama dp=2 0/whole"]
+        for stage in (1, 2, 3):
+            assert got[f"llama dp=2 {stage}/count"] == pytest.approx(whole / 2, rel=0.01)
+            assert got[f"llama dp=2 {stage}/state"] == pytest.approx(got["llama dp=2 0/state"] / 2, rel=0.01)
+        assert got["llama dp=2 3/model"] == pytest.approx(whole / 2, rel=0.01)
+        assert got["llama tp=2 0/count"] < 0.52 * whole
+
+
+@pytest.mark.slow
+def test_four_ranks_train_as_one_process_does():
+    results = under_meshes(4, FOUR)
+    for case in FOUR:
+        check(results, case)
+
+
+def test_the_rows_of_all_ranks_are_those_of_the_source():
+    model = tiny_model()
+    whole, shares = Batches(model, rows=5), [RowShare(Batches(model, rows=5), index, 3) for index in range(3)]
+    for _ in range(3):
+        batch, parts = whole.next(), [share.next() for share in shares]
+        for name, array in batch.items():
+            for row in range(5):
+                np.testing.assert_array_equal(parts[row % 3][name][row // 3], array[row])
+    assert shares[0].state() == whole.state()
+    lonely = RowShare(Batches(model, rows=1), 2, 3).next()
+    assert (lonely["targets"] == -100).all()

@@ -53,6 +53,9 @@ CASES = {
         "gpt2", "LoraConfig", {**_LORA, "target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True}
     ),
     "dora-rotary": Case("llama", "LoraConfig", {**_LORA, "target_modules": ["k_proj", "up_proj"], "use_dora": True}),
+    "dora-table": Case(
+        "llama", "LoraConfig", {**_LORA, "target_modules": ["embed_tokens", "v_proj"], "use_dora": True}
+    ),
     "lora-fused": Case("phi3", "LoraConfig", {**_LORA, "target_modules": ["qkv_proj", "gate_up_proj"]}),
     "lora-fused-heads": Case(
         "gpt_neox", "LoraConfig", {**_LORA, "target_modules": ["query_key_value"], "layers_to_transform": [1]}
@@ -61,6 +64,12 @@ CASES = {
     "lora-encoder": Case(
         "bert-sequence", "LoraConfig", {**_LORA, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
     ),
+    "lora-tokens": Case(
+        "bert-tokens", "LoraConfig", {**_LORA, "target_modules": ["query", "dense"], "task_type": "TOKEN_CLS"}
+    ),
+    "lora-pooled-last": Case(
+        "llama-sequence", "LoraConfig", {**_LORA, "target_modules": ["q_proj", "v_proj"], "task_type": "SEQ_CLS"}
+    ),
     "lora-seq2seq": Case("t5", "LoraConfig", {**_LORA, "target_modules": ["q", "v"], "task_type": "SEQ_2_SEQ_LM"}),
     "ia3-rotary": Case(
         "llama",
@@ -68,6 +77,15 @@ CASES = {
         {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
     ),
     "ia3-seq2seq": Case("t5", "IA3Config", {"target_modules": ["k", "v", "wo"], "feedforward_modules": ["wo"]}),
+    "ia3-encoder": Case(
+        "bert-sequence",
+        "IA3Config",
+        {
+            "target_modules": ["key", "value", "output.dense"],
+            "feedforward_modules": ["output.dense"],
+            "task_type": "SEQ_CLS",
+        },
+    ),
     "ia3-conv1d": Case(
         "gpt2",
         "IA3Config",
@@ -81,6 +99,16 @@ CASES = {
     "p-tuning-rotary": Case(
         "llama", "PromptEncoderConfig", {"num_virtual_tokens": 4, "task_type": "CAUSAL_LM", "encoder_hidden_size": 12}
     ),
+    "p-tuning-recurrent": Case(
+        "llama",
+        "PromptEncoderConfig",
+        {
+            "num_virtual_tokens": 3,
+            "task_type": "CAUSAL_LM",
+            "encoder_hidden_size": 6,
+            "encoder_reparameterization_type": "LSTM",
+        },
+    ),
     "prefix-rotary": Case("llama", "PrefixTuningConfig", {"num_virtual_tokens": 4, "task_type": "CAUSAL_LM"}),
     "prefix-projected": Case(
         "llama",
@@ -90,6 +118,18 @@ CASES = {
     "prefix-learned": Case("gpt2", "PrefixTuningConfig", {"num_virtual_tokens": 4, "task_type": "CAUSAL_LM"}),
     "prefix-alibi": Case("bloom", "PrefixTuningConfig", {"num_virtual_tokens": 4, "task_type": "CAUSAL_LM"}),
     "prefix-window": Case("mistral", "PrefixTuningConfig", {"num_virtual_tokens": 4, "task_type": "CAUSAL_LM"}),
+    # By itself PEFT takes the width of the model for that of all heads, and the number of the encoder's layers.
+    "prefix-seq2seq": Case(
+        "t5",
+        "PrefixTuningConfig",
+        {
+            "num_virtual_tokens": 4,
+            "task_type": "SEQ_2_SEQ_LM",
+            "token_dim": 18,
+            "num_attention_heads": 3,
+            "num_layers": 3,
+        },
+    ),
     "prefix-encoder": Case("bert-sequence", "PrefixTuningConfig", {"num_virtual_tokens": 4, "task_type": "SEQ_CLS"}),
 }
 
@@ -109,13 +149,15 @@ def inputs_for(model: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
         "tokens": rng.integers(3, vocabulary, (2, LENGTH)).astype(np.int32),
         "lengths": np.array([LENGTH, PADDED], np.int32),
     }
+    if getattr(model.config, "pad_token_id", None) is not None:
+        inputs["tokens"][1, PADDED:] = model.config.pad_token_id  # by which heads that read the last token find it
     if model.config.is_encoder_decoder:
         inputs["decoder_tokens"] = rng.integers(3, vocabulary, (2, DECODED)).astype(np.int32)
     return inputs
 
 
 def logits_of(model: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """What a PEFT model answers to the inputs, for the given tokens alone."""
+    """What a PEFT model answers to the inputs, for the given tokens alone, in the model's precision."""
     tokens = torch.tensor(inputs["tokens"]).long()
     arguments = {
         "input_ids": tokens,
@@ -127,7 +169,7 @@ def logits_of(model: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
         logits = model(**arguments).logits
     length = (inputs["decoder_tokens"] if "decoder_tokens" in inputs else inputs["tokens"]).shape[1]
     # Contiguous: safetensors would write the memory of a view as it lies.
-    return (logits if logits.ndim == 2 else logits[:, -length:]).float().contiguous().numpy()
+    return (logits if logits.ndim == 2 else logits[:, -length:]).contiguous().numpy()
 
 
 def make(name: str, case: Case) -> None:

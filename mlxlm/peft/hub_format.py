@@ -149,12 +149,15 @@ def _lora_parts(
         raise WeightsError(f"{hub}: the adapter has rank {rank}, but its config says another")
     alpha = by_pattern(values.get("alpha_pattern"), hub, values["lora_alpha"])
     scale = alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
-    if table:
-        return {module.paths[0]: LoraEmbeddingPart(lora_a, lora_b, scale)}
     magnitude = arrays.get("lora_magnitude_vector")
     if (magnitude is not None) != bool(values.get("use_dora")):
         raise WeightsError(f"{hub}: a magnitude belongs to use_dora, and only to that")
     magnitude = None if magnitude is None else magnitude.astype(mx.float32).reshape(-1)
+    outputs = expected[1][0]
+    if magnitude is not None and magnitude.size != outputs:
+        raise WeightsError(f"{hub}: the adapter has {magnitude.size} magnitudes, expected {outputs}")
+    if table:
+        return {module.paths[0]: LoraEmbeddingPart(lora_a, lora_b, scale, magnitude)}
     return split_lora(module, lora_a, lora_b, scale, values.get("lora_dropout") or 0.0, magnitude)
 
 
@@ -222,6 +225,8 @@ def _write_lora(
         table = parts.get(module.paths[0])
         if isinstance(table, LoraEmbeddingPart):
             tensors |= {f"{key}.lora_embedding_A": table.lora_a, f"{key}.lora_embedding_B": table.lora_b}
+            if "magnitude" in table:
+                tensors[f"{key}.lora_magnitude_vector"] = table.magnitude
             ranks[module.hub], scales[module.hub] = table.lora_a.shape[0], table.scale
             continue
         whole = joined_lora(model, module, parts)

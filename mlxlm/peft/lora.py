@@ -74,20 +74,37 @@ class LoraPart(Part):
 
 
 class LoraEmbeddingPart(Part):
-    """Rows of a table plus scale * B A[:, token].  lora_a (rank, rows), lora_b (dim, rank)."""
+    """Rows of a table plus scale * B A[:, token].  lora_a (rank, rows), lora_b (dim, rank).
 
-    def __init__(self, lora_a: mx.array, lora_b: mx.array, scale: float):
+    magnitude (dim,): makes it DoRA, where each column of the table, as long as the vocabulary, is rescaled to that
+    length, as Hugging Face PEFT has it; the length that it has is a constant to gradients.
+    """
+
+    def __init__(self, lora_a: mx.array, lora_b: mx.array, scale: float, magnitude: mx.array | None = None):
         super().__init__()
         self.lora_a, self.lora_b, self.scale = lora_a, lora_b, scale
+        if magnitude is not None:
+            self.magnitude = magnitude
 
     def add(self, x: mx.array, y: mx.array, base: nn.Module | None, weight: float) -> mx.array:
         """See `Part.add`; x holds token ids."""
-        change = (self.scale * weight) * (self.lora_a.T[x] @ self.lora_b.T)
-        return y + change.astype(y.dtype)
+        change = self.scale * (self.lora_a.T[x] @ self.lora_b.T)
+        if "magnitude" in self:
+            length = mx.linalg.norm(dense_weight(base).astype(mx.float32) + self.delta(), axis=0)
+            factor = self.magnitude / mx.stop_gradient(length)
+            change = (factor - 1) * y.astype(mx.float32) + factor * change
+        return y + (weight * change).astype(y.dtype)
+
+    def delta(self) -> mx.array:
+        """scale * (B A) transposed, (rows, dim) float32."""
+        return self.scale * (self.lora_b.astype(mx.float32) @ self.lora_a.astype(mx.float32)).T
 
     def merged(self, whole: mx.array, weight: float) -> mx.array:
         """The table (rows, dim) with this part in it, float32."""
-        return whole + (self.scale * weight) * (self.lora_b @ self.lora_a).T
+        changed = whole + self.delta()
+        if "magnitude" in self:
+            changed = changed * (self.magnitude / mx.linalg.norm(changed, axis=0))
+        return whole + weight * (changed - whole)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +169,8 @@ def _table_names(model: Transformer) -> set[str]:
 @dataclass(frozen=True, kw_only=True)
 class Dora(Lora):
     """Weight-decomposed low-rank adaptation (Liu et al. 2024, arXiv:2402.09353): LoRA changes the direction of each row
-    of a weight, a magnitude of its own the length; `out` more parameters a layer. Settings as for `Lora`.
+    of a weight, a magnitude of its own the length; `out` more parameters a layer. Of the token table it is the columns
+    that have one, dim more parameters. Settings as for `Lora`.
     """
 
     name: ClassVar[str] = "dora"
@@ -163,7 +181,9 @@ class Dora(Lora):
         return part
 
     def _table(self, base: nn.Module) -> LoraEmbeddingPart:
-        raise UsageError("DoRA adapts linear layers; name no embeddings in targets, or use LoRA")
+        part = super()._table(base)
+        part.magnitude = mx.linalg.norm(dense_weight(base).astype(mx.float32), axis=0)
+        return part
 
 
 @dataclass(frozen=True, kw_only=True)

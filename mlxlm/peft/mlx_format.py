@@ -60,7 +60,9 @@ def read_mlx(model: Transformer, values: Mapping[str, Any], tensors: Mapping[str
         lora_a, lora_b = arrays["lora_a"].T, arrays["lora_b"].T
         if isinstance(base[0], EMBEDDING):
             if kind == "dora":
-                raise ConfigError(f"{hub}: DoRA of embeddings is not implemented")
+                raise ConfigError(
+                    f"{hub}: DoRA of embeddings with magnitudes by row, as mlx-lm has it, is not implemented"
+                )
             content.parts[module.paths[0]] = LoraEmbeddingPart(lora_a, lora_b, scale)
         else:
             content.parts.update(split_lora(module, lora_a, lora_b, scale, dropout, arrays.get("m")))
@@ -109,6 +111,8 @@ def write_mlx(model: Transformer, adapter: Adapter) -> tuple[dict[str, Any], dic
     for module in modules_of(rules, list(content.parts)):
         part = content.parts.get(module.paths[0])
         if isinstance(part, LoraEmbeddingPart):
+            if "magnitude" in part:
+                raise UsageError("mlx-lm's DoRA of embeddings has other magnitudes, by row; use layout 'peft'")
             changes[module.hub] = (part.lora_a, part.lora_b, part.scale, None)
         else:
             whole = joined_lora(model, module, content.parts)

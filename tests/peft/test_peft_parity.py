@@ -76,6 +76,11 @@ def test_what_we_write_of_it_says_the_same(name, tmp_path):
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("name", NAMES)
 def test_peft_reads_what_we_write(name, tmp_path):
+    """Both folders are computed by PEFT in float64, so that all of the difference is in the files.
+
+    In float32 PEFT's own rounding is as large as the bound: its logits of these fixtures are up to 1.3e-5 from those
+    that it computes in float64.
+    """
     pytest.importorskip("torch", reason="needs the `parity` extra")
     peft = pytest.importorskip("peft", reason="needs the `parity` extra")
     import sys
@@ -87,5 +92,17 @@ def test_peft_reads_what_we_write(name, tmp_path):
     save_adapter(model, tmp_path / "ours", layout="peft")
     expected = mx.load(str(FIXTURES / "peft" / name / "expected.safetensors"))
     inputs = {key: np.array(array) for key, array in expected.items() if key != "logits"}
-    theirs = peft.PeftModel.from_pretrained(base_model(config_of(name)["base_model_name_or_path"]), tmp_path / "ours")
-    assert np.abs(logits_of(theirs.eval(), inputs) - np.array(expected["logits"])).max() < 1e-4
+
+    def answers_of(folder):
+        base = base_model(config_of(name)["base_model_name_or_path"])
+        return logits_of(peft.PeftModel.from_pretrained(base, folder).double().eval(), inputs)
+
+    try:
+        ours = answers_of(tmp_path / "ours")
+    except ValueError as error:
+        if "does not support past key values" not in str(error):
+            raise
+        pytest.skip("the transformers installed gives encoders no prefix")
+    theirs = answers_of(FIXTURES / "peft" / name)
+    assert np.abs(ours - theirs).max() < 1e-5
+    assert np.abs(theirs - np.array(expected["logits"])).max() < 5e-5

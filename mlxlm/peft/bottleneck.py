@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import mlx.core as mx
 from mlx import nn
 
+from mlxlm.errors import UsageError
 from mlxlm.layers import ParallelBlock, activation
 from mlxlm.peft.method import Content, Method, positive
 from mlxlm.peft.places import Part, at, bare, in_layers
@@ -49,19 +50,43 @@ class Houlsby(Method):
     arXiv:1902.00751).
 
     reduction: the width m is dim / reduction, at least 1.  activation: between the two layers.  scale: of the output.
-    layers: the last n, or numbers; default all.  Weights begin as N(0, 0.02), so nearly nothing changes at first.
+    layers: the last n, numbers, or names such as "decoder.0"; default all.  cross_attention: adapters after a decoder's
+    cross-attention too, default False.  Weights begin as N(0, 0.02), so nearly nothing changes at first.
     """
 
     name: ClassVar[str] = "houlsby"
     parallel: ClassVar[bool] = False
+    parts_of_block: ClassVar[tuple[str, ...]] = ("attention", "feed_forward")
     reduction: float = 16.0
     activation: str = "silu"
     scale: float = 1.0
-    layers: int | tuple[int, ...] | None = None
+    layers: int | tuple[int | str, ...] | None = None
+    cross_attention: bool = False
 
     def __post_init__(self) -> None:
         positive(reduction=self.reduction)
         activation(self.activation)
+
+    def places(self, model: Transformer) -> dict[str, str]:
+        """Paths of the modules (for `Pfeiffer` of the residual sums) that get an adapter: the part of the block that
+        each belongs to, "attention", "cross_attention" or "feed_forward", by path.
+
+        Raises UsageError for cross_attention where there is none.
+        """
+        if self.cross_attention and not model.config.has_memory:
+            raise UsageError("cross_attention is for models with an encoder and a decoder; this one has a single stack")
+        found = {}
+        for block in self.blocks(model):
+            module = bare(at(model, block))
+            for part in self.parts_of_block:
+                found[self.place(block, part, module)] = part
+            if self.cross_attention and "cross_attention" in module:
+                found[self.place(block, "cross_attention", module)] = "cross_attention"
+        return found
+
+    def place(self, block: str, part: str, module: nn.Module) -> str:
+        """The path of the adapter for a part of a block.  module: the block itself."""
+        return f"{block}.{part}"
 
     def part(self, dim: int) -> BottleneckPart:
         """A fresh one for features of that width."""
@@ -76,8 +101,7 @@ class Houlsby(Method):
 
     def build(self, model: Transformer, tokenizer: Tokenizer | None) -> Content:
         """See `Method.build`."""
-        places = [f"{block}.{part}" for block in self.blocks(model) for part in ("attention", "feed_forward")]
-        return Content(parts={path: self.part(model.config.dim) for path in places})
+        return Content(parts={path: self.part(model.config.dim) for path in self.places(model)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +113,16 @@ class Pfeiffer(Houlsby):
     """
 
     name: ClassVar[str] = "pfeiffer"
+    parts_of_block: ClassVar[tuple[str, ...]] = ("feed_forward",)
     activation: str = "relu"
+
+    def place(self, block: str, part: str, module: nn.Module) -> str:
+        """See `Houlsby.place`: the sum that the part is added to; of a block in parallel there is one."""
+        return block if isinstance(module, ParallelBlock) else f"{block}.{part}_residual"
 
     def build(self, model: Transformer, tokenizer: Tokenizer | None) -> Content:
         """See `Method.build`."""
-        whole = {path: isinstance(bare(at(model, path)), ParallelBlock) for path in self.blocks(model)}
-        places = [path if parallel else f"{path}.feed_forward_residual" for path, parallel in whole.items()]
-        return Content(added={path: self.part(model.config.dim) for path in places})
+        return Content(added={path: self.part(model.config.dim) for path in self.places(model)})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +134,7 @@ class ParallelAdapter(Houlsby):
 
     name: ClassVar[str] = "parallel-adapter"
     parallel: ClassVar[bool] = True
+    parts_of_block: ClassVar[tuple[str, ...]] = ("feed_forward",)
     reduction: float = 2.0
     activation: str = "relu"
     scale: float = 4.0
-
-    def build(self, model: Transformer, tokenizer: Tokenizer | None) -> Content:
-        """See `Method.build`."""
-        return Content(parts={f"{path}.feed_forward": self.part(model.config.dim) for path in self.blocks(model)})

@@ -33,25 +33,31 @@ _FIXED: dict[str, Any] = {
     "use_gating": False,
     "residual_before_ln": True,
     "inv_adapter": None,
-    "cross_adapter": False,
     "phm_layer": False,
 }
 # How weights begin, training alone, or details of what is off.
 _INERT = (
-    "init_weights", "dropout", "adapter_residual_before_ln", "inv_adapter_reduction_factor", "phm_dim",
+    "init_weights", "init_weights_seed", "dropout", "adapter_residual_before_ln", "inv_adapter_reduction_factor",
     "factorized_phm_W", "shared_W_phm", "shared_phm_rule", "factorized_phm_rule", "phm_c_init", "phm_init_range",
-    "learn_phm", "hypercomplex_nonlinearity", "phm_rank", "phm_bias", "stochastic_depth", "architecture",
+    "phm_dim", "learn_phm", "hypercomplex_nonlinearity", "phm_rank", "phm_bias", "stochastic_depth", "architecture",
 )  # fmt: skip
+# By part of a block: the projection inside it by which the library's module is found, and what that may be called.
+_INSIDE = {
+    "attention": ("output", "attention_adapters"),
+    "cross_attention": ("output", "cross_attention_adapters"),
+    "feed_forward": ("down", "output_adapters"),
+}
 _ACTIVATIONS = {"swish": "silu", "silu": "silu", "relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh"}
 
 
-def _method(values: Mapping[str, Any]) -> Houlsby:
+def _method(model: Transformer, values: Mapping[str, Any]) -> Houlsby:
     config = dict(values["config"])
     flags = ("mh_adapter", "output_adapter", "original_ln_before", "is_parallel")
     kind = tuple(bool(config.pop(flag, False)) for flag in flags)
     wrong = [f"{key} = {config.pop(key)!r}" for key, good in _FIXED.items() if config.get(key, good) != good]
     act, scale = config.pop("non_linearity"), config.pop("scaling", 1.0)
     reduction, skipped = config.pop("reduction_factor"), config.pop("leave_out", [])
+    cross = bool(config.pop("cross_adapter", False))
     wrong += [f"{key} = {value!r}" for key, value in config.items() if key not in (*_FIXED, *_INERT) and value]
     if kind not in _KINDS:
         wrong.append(", ".join(f"{flag} = {value}" for flag, value in zip(flags, kind, strict=True)))
@@ -63,34 +69,37 @@ def _method(values: Mapping[str, Any]) -> Houlsby:
         wrong.append("reduction_factor by layer")
     if wrong:
         raise ConfigError(f"adapter_config.json: settings that are not implemented: {listing(wrong)}")
-    layers = tuple(n for n in range(1000) if n not in skipped) if skipped else None
-    return _KINDS[kind](reduction=reduction, activation=_ACTIVATIONS[act], scale=scale, layers=layers)
+    layers = tuple(layer for number, layer in enumerate(_layers(model)) if number not in skipped) if skipped else None
+    return _KINDS[kind](
+        reduction=reduction, activation=_ACTIVATIONS[act], scale=scale, layers=layers, cross_attention=cross
+    )
+
+
+def _layers(model: Transformer) -> list[str]:
+    """All layers such as "encoder.0", in the order in which the library numbers them through both stacks."""
+    stacks = (("encoder", model.config.encoder), ("decoder", model.config.decoder))
+    return [f"{stack}.{number}" for stack, spec in stacks if spec for number, _ in enumerate(spec.layers)]
 
 
 def _places(model: Transformer, method: Houlsby) -> dict[str, str]:
     """Where the library keeps the adapter of each place of ours: hub path without the adapter's name, by our path."""
     rules = rules_of(model)
-    if method.layers is not None and model.config.has_memory:
-        raise UsageError("the adapters library numbers the layers of both stacks together; adapt all of them for it")
     if not rules:
         raise UsageError("this model was not loaded from a checkpoint, so nothing says what its modules are called")
     found = {}
-    for block in method.blocks(model):
+    for path, part in method.places(model).items():
+        block = path.rpartition(".")[0]
         module = bare(at(model, block))
-        if isinstance(module, ParallelBlock):
+        if isinstance(module, ParallelBlock) or isinstance(bare(at(model, path)), ParallelBlock):
             raise UsageError("the adapters library has no form for adapters of blocks whose parts run in parallel")
-        spec = module.spec.feed_forward_residual
+        spec = getattr(module.spec, f"{part}_residual")
         if isinstance(method, ParallelAdapter) and not isinstance(spec.norm_in, NoNormSpec):
             raise UsageError(
-                "the adapters library puts a parallel adapter before the norm of the feed-forward layer; the same as "
-                "here only for models without a norm there"
+                f"the adapters library puts a parallel adapter before the norm of the {part.replace('_', '-')} layer; "
+                "the same as here only for models without a norm there"
             )
-        attention = hub_name(rules, f"{block}.attention.output.weight")
-        output = hub_name(rules, f"{block}.feed_forward.down.weight")
-        if isinstance(method, Houlsby) and type(method) is Houlsby:
-            found[f"{block}.attention"] = _keeper(attention, "attention_adapters")
-        where = "feed_forward_residual" if isinstance(method, Pfeiffer) else "feed_forward"
-        found[f"{block}.{where}"] = _keeper(output, "output_adapters")
+        inner, name = _INSIDE[part]
+        found[path] = _keeper(hub_name(rules, f"{block}.{part}.{inner}.weight"), name)
     return found
 
 
@@ -114,7 +123,7 @@ def read_bottleneck(
 
     Raises ConfigError for settings that aren't implemented, WeightsError for tensors that don't fit the model.
     """
-    method, content, left = _method(values), Content(), dict(tensors)
+    method, content, left = _method(model, values), Content(), dict(tensors)
     for path, keeper in _places(model, method).items():
         key = f"{keeper}.{values['name']}"
         names = [f"{key}.{part}.{kind}" for part in ("adapter_down.0", "adapter_up") for kind in ("weight", "bias")]
@@ -150,15 +159,15 @@ def write_bottleneck(model: Transformer, adapter: Adapter) -> tuple[dict[str, An
     kinds = {kind: flags for flags, kind in _KINDS.items()}[type(method)]
     flags = dict(zip(("mh_adapter", "output_adapter", "original_ln_before", "is_parallel"), kinds, strict=True))
     source = model.source
-    count = len(model.config.stack.layers)
-    kept = method.blocks(model)
-    skipped = [n for n in range(count) if not any(path.endswith(f".{n}") for path in kept)]
+    kept = {block.replace(".layers.", ".") for block in method.blocks(model)}
+    skipped = [number for number, layer in enumerate(_layers(model)) if layer not in kept]
     config = {
         **flags,
         **_FIXED,
         "non_linearity": act,
         "reduction_factor": method.reduction,
-        "scaling": method.scale,
+        "scaling": float(method.scale),
+        "cross_adapter": method.cross_attention,
         "leave_out": skipped,
         "dropout": 0.0,
     }

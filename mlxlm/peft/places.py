@@ -182,13 +182,18 @@ def hub_path(rules: tuple[Any, ...], path: str) -> str | None:
         return None
 
 
-def in_layers(model: Transformer, path: str, layers: int | Sequence[int] | None) -> bool:
-    """Whether a path is in the wanted layers: the last n of its stack, those of the numbers given, or any for None."""
+def in_layers(model: Transformer, path: str, layers: int | Sequence[int | str] | None) -> bool:
+    """Whether a path is in the wanted layers: the last n of its stack, those of the numbers given, or any for None.
+
+    A name such as "decoder.0" stands for the layer of one stack alone.
+    """
     place = layer_of(path)
     if layers is None or place is None:
         return layers is None
     count = len(getattr(model.config, place[0]).layers)
-    return place[1] >= count - layers if isinstance(layers, int) else place[1] in layers
+    if isinstance(layers, int):
+        return place[1] >= count - layers
+    return place[1] in layers or f"{place[0]}.{place[1]}" in layers
 
 
 def fits(target: str, names: Iterable[str | None]) -> bool:
@@ -210,7 +215,7 @@ def matching(
     targets: Sequence[str],
     *,
     kinds: tuple[type, ...] = LINEAR,
-    layers: int | Sequence[int] | None = None,
+    layers: int | Sequence[int | str] | None = None,
     keep: Callable[[str], bool] = lambda path: True,
 ) -> list[str]:
     """Canonical paths of the modules that targets name, in the order of the stack.

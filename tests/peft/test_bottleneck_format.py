@@ -107,8 +107,20 @@ def test_layers_left_out_have_no_adapter(tmp_path):
     folder_of(tmp_path / "library", output[1:], 36, 6, leave_out=[0], **PFEIFFER)
     model = peft.load_adapter(base("llama"), tmp_path / "library")
     assert set(peft.content_of(model).content.added) == {"decoder.layers.1.feed_forward_residual"}
-    with pytest.raises(UsageError, match="both stacks"):
-        peft.save_adapter(peft.apply(base("t5"), peft.Houlsby(layers=1)), tmp_path / "no", layout="adapters")
+
+
+def test_layers_of_two_stacks_are_numbered_through(tmp_path):
+    model = peft.apply(base("t5"), peft.Houlsby(layers=("encoder.1", "decoder.0"), cross_attention=True))
+    peft.save_adapter(model, tmp_path, layout="adapters")
+    values = json.loads((tmp_path / "adapter_config.json").read_text())["config"]
+    assert (values["leave_out"], values["cross_adapter"]) == ([0, 3, 4], True)
+    again = peft.load_adapter(base("t5"), tmp_path)
+    assert set(peft.content_of(again).content.parts) == {
+        "encoder.layers.1.attention", "encoder.layers.1.feed_forward",
+        "decoder.layers.0.attention", "decoder.layers.0.cross_attention", "decoder.layers.0.feed_forward",
+    }  # fmt: skip
+    with pytest.raises(UsageError, match="single stack"):
+        peft.apply(base("llama"), peft.Houlsby(cross_attention=True))
 
 
 @pytest.mark.parametrize(

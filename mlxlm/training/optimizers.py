@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.optimizers as mlx_optimizers
 
 from mlxlm.errors import CheckpointError, listing
+from mlxlm.training.adam import AdamW
 from mlxlm.training.settings import TrainSettings
 
 Arrays = dict[str, mx.array]
@@ -53,6 +54,10 @@ class Optimizer:
         updated: Arrays = {}
         for optimizer, members in self._groups:
             rate = optimizer.learning_rate
+            if isinstance(optimizer, AdamW):
+                decay = {name: self._decay for name in members if parameters[name].ndim >= 2}
+                updated |= optimizer.update(gradients, {name: parameters[name] for name in members}, decay, valid)
+                continue
             before = {name: self._decayed(parameters[name], rate) for name in members}
             old = _paths(optimizer.state)
             after = optimizer.apply_gradients({name: gradients[name] for name in members}, before)
@@ -93,13 +98,11 @@ class Optimizer:
                 _holder(optimizer.state, path)[path[-1]] = arrays[_name(number, path)]
 
 
-def _make(kind: str, settings: TrainSettings) -> mlx_optimizers.Optimizer:
-    """MLX's optimizer without its own weight decay, which does not tell matrices from vectors."""
+def _make(kind: str, settings: TrainSettings) -> mlx_optimizers.Optimizer | AdamW:
+    """Our AdamW, or MLX's optimizer without its own weight decay, which does not tell matrices from vectors."""
     rate = settings.learning_rate
     if kind == "adamw":
-        return mlx_optimizers.Adam(
-            rate, betas=list(settings.betas or (0.9, 0.999)), eps=settings.eps, bias_correction=True
-        )
+        return AdamW(rate, settings.betas or (0.9, 0.999), settings.eps)
     if kind == "lion":
         return mlx_optimizers.Lion(rate, betas=list(settings.betas or (0.9, 0.99)), weight_decay=0.0)
     if kind == "adafactor":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import mlx.optimizers as mlx_optimizers
 import numpy as np
 import pytest
 
@@ -44,6 +45,34 @@ def test_adamw_follows_its_formula_over_steps():
             step_size = (m[name] / (1 - 0.8**step)) / (np.sqrt(v[name] / (1 - 0.9**step)) + 1e-6)
             w[name] = w[name] * (1 - rate * decay) - rate * step_size
             assert np.abs(np.array(parameters[name]) - w[name]).max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=str)
+def test_adamw_without_decay_is_mlxs_adam(dtype):
+    parameters = {name: array.astype(dtype) for name, array in arrays(0).items()}
+    theirs = mlx_optimizers.Adam(0.01, bias_correction=True)
+    ours = Optimizer(TrainSettings(steps=9), parameters)
+    mine = other = parameters
+    for step in range(1, 4):
+        gradients = {name: array.astype(dtype) for name, array in arrays(step).items()}
+        mine, other = update(ours, gradients, mine, 0.01), theirs.apply_gradients(gradients, other)
+    tolerance = 1e-6 if dtype == mx.float32 else 2e-2
+    for name in parameters:
+        assert mine[name].dtype == ours.state[0][name]["m"].dtype == dtype
+        assert mx.allclose(mine[name].astype(mx.float32), other[name].astype(mx.float32), atol=tolerance).item()
+
+
+def test_an_update_that_must_not_happen_leaves_adamws_bits():
+    settings, bad = TrainSettings(steps=9, weight_decay=0.1), arrays(2)
+    bad[MATRIX] = bad[MATRIX] * mx.inf
+    for first in (True, False):
+        parameters, optimizer = arrays(0), Optimizer(settings, arrays(0))
+        if not first:
+            parameters = update(optimizer, arrays(1), parameters, 0.01)
+        before = {name: np.array(array) for name, array in optimizer.arrays().items() if "rate" not in name}
+        after = update(optimizer, bad, parameters, 0.01, valid=False)
+        assert all(np.array_equal(after[name], parameters[name]) for name in parameters)
+        assert all(np.array_equal(optimizer.arrays()[name], array) for name, array in before.items())
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "muon", "sgd"])

@@ -28,6 +28,25 @@ def fixture_model(tmp_path):
     return copy
 
 
+@pytest.fixture(scope="session")
+def loaded_models(tmp_path_factory):
+    """Models of the parity fixtures by name, loaded once; for tests that leave their weights as they are."""
+    from mlxlm.models.loading import load_model
+
+    class Models(dict):
+        def __missing__(self, name):
+            source, target = FIXTURES / "models" / name, tmp_path_factory.mktemp("model") / name
+            shared = source / "weights-of"
+            if shared.exists():
+                shutil.copytree(source, target)
+                shutil.copy(FIXTURES / "models" / shared.read_text().strip() / "model.safetensors", target)
+                source = target
+            self[name] = load_model(source)
+            return self[name]
+
+    return Models()
+
+
 @pytest.fixture
 def expected_of():
     """A function: name of a parity fixture -> transformers' inputs and outputs as numpy arrays."""

@@ -9,7 +9,8 @@ import mlx.core as mx
 
 from mlxlm.errors import PromptError, UnsupportedModelError, UsageError
 from mlxlm.generation.decoding import sampling_of
-from mlxlm.generation.sampling import Sampler, Sampling
+from mlxlm.generation.sampler import Sampler
+from mlxlm.generation.sampling import Sampling
 from mlxlm.generation.steps import check_ids
 from mlxlm.layers import Cache
 

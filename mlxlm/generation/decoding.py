@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlxlm.errors import PromptError, UsageError, nearest
-from mlxlm.generation.sampling import Sampler, Sampling, chosen
+from mlxlm.generation.sampler import Sampler
+from mlxlm.generation.sampling import Sampling, chosen
+from mlxlm.generation.stepping import decoding_cache
 from mlxlm.generation.steps import check_generates, check_ids, make_steps, room
 from mlxlm.generation.stopping import StopStrings
 from mlxlm.layers import Cache
@@ -138,7 +141,7 @@ def make_sampler(model: Transformer, tokenizer: Tokenizer, prompt: list[int], sa
 
 def _cache(model: Transformer, tokens: list[int], cache: Cache | None) -> Cache:
     if cache is None:
-        return model.make_cache()
+        return decoding_cache(model)
     if model.config.has_memory:
         raise UsageError("a cache can't be given to an encoder-decoder model: its encoder reads every prompt anew")
     if cache.length >= len(tokens):
@@ -205,15 +208,23 @@ def decode(model: Transformer, tokens: list[int], cache: Cache, sampler: Sampler
     prompt and the tokens that were yielded, but for the last of max_tokens.
     """
     steps = make_steps(model, cache)
+    # Whoever stops early finds no token in the cache that was not yielded, so those ahead must be forgotten.
+    ahead = 1 if model.config.has_memory else min(steps.stepping.ahead, cache.takes_back + 1)
     token = sampler(steps.start([tokens]))
     mx.async_eval(token)
-    for count in range(1, max_tokens + 1):
-        if count < max_tokens:
-            following = sampler(steps.step(token))
-            mx.async_eval(following)
-        yield chosen(int(token.item()))
-        if count < max_tokens:
-            token = following
+    launched, left, yielded = deque([token]), max_tokens - 1, 0
+    try:
+        while launched:
+            while left and len(launched) <= ahead:
+                token = sampler(steps.step(token))
+                mx.async_eval(token)
+                launched.append(token)
+                left -= 1
+            yielded += 1
+            yield chosen(int(launched.popleft().item()))
+    finally:
+        if len(launched) > 1 and not model.config.has_memory:
+            cache.trim(len(tokens) + yielded)
 
 
 def generate(model: Transformer, tokenizer: Tokenizer, prompt: Prompt, **options: Any) -> str:

@@ -1,15 +1,18 @@
-"""Choosing the next token from logits, on the device and without waiting for it."""
+"""How the next token is chosen from logits: the options, and what each of them does."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from mlxlm.errors import SamplingError, WeightsError
+
+if TYPE_CHECKING:
+    from mlxlm.generation.sampler import Sampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,66 +58,12 @@ class Sampling:
             raise SamplingError(f"{name} is {value}, but must be {expected}")
 
     def sampler(self, prompt: list[int], vocab_size: int) -> Sampler:
-        """A sampler for one answer to `prompt` over `vocab_size` tokens."""
-        return Sampler(self, prompt, vocab_size)
+        """A sampler of one row, for an answer to `prompt` over `vocab_size` tokens."""
+        from mlxlm.generation.sampler import Sampler
 
-
-class Sampler:
-    """Chooses token after token of one answer; remembers what occurred. See `Sampling`."""
-
-    def __init__(self, sampling: Sampling, prompt: list[int], vocab_size: int):
-        self.sampling = sampling
-        self.vocab_size = vocab_size
-        self._key: mx.array | None = None
-        if sampling.temperature > 0:
-            seed = int.from_bytes(os.urandom(4), "little") if sampling.seed is None else sampling.seed
-            self._key = mx.random.key(seed)
-        self._bias: mx.array | None = None
-        if sampling.logit_bias:
-            for token in sampling.logit_bias:
-                if not 0 <= token < vocab_size:
-                    raise SamplingError(f"logit_bias names token {token}, but ids run from 0 to {vocab_size - 1}")
-            ids = mx.array(list(sampling.logit_bias))
-            self._bias = mx.zeros((vocab_size,)).at[ids].add(mx.array(list(sampling.logit_bias.values())))
-        self._seen: mx.array | None = None
-        if sampling.repetition_penalty != 1:
-            self._seen = mx.zeros((vocab_size,), dtype=mx.bool_)
-            self._seen[mx.array(prompt)] = True
-
-    def __call__(self, logits: mx.array) -> mx.array:
-        """The next token, (1,) int, from logits (1, V or more); those of ids beyond the vocabulary don't count.
-
-        -1 when one of them is not a number: `chosen` makes an error of it once the token is read.
-        """
-        logits = logits[:, : self.vocab_size]
-        broken = mx.any(mx.isnan(logits), axis=-1)
-        plain = self._seen is None and self._bias is None
-        if not plain:
-            logits = logits.astype(mx.float32)
-        if self._seen is not None:
-            logits = penalize(logits, self._seen, self.sampling.repetition_penalty)
-        if self._bias is not None:
-            logits = logits + self._bias
-        if self._key is None:
-            token = mx.argmax(logits, axis=-1)
-        else:
-            self._key, now = mx.random.split(self._key)
-            token = mx.random.categorical(self._filtered(logits), key=now)
-        if self._seen is not None:
-            self._seen = self._seen | (mx.arange(self._seen.size) == token)
-        return mx.where(broken, -1, token.astype(mx.int32))
-
-    def _filtered(self, logits: mx.array) -> mx.array:
-        logits = logits.astype(mx.float32)
-        # The largest is made 0 first, so that a tiny temperature gives the greedy choice and not infinities.
-        logits = (logits - mx.max(logits, axis=-1, keepdims=True)) / self.sampling.temperature
-        if 0 < self.sampling.top_k < logits.shape[-1]:
-            logits = keep_top_k(logits, self.sampling.top_k)
-        if self.sampling.top_p < 1:
-            logits = keep_top_p(logits, self.sampling.top_p)
-        if self.sampling.min_p > 0:
-            logits = keep_min_p(logits, self.sampling.min_p)
-        return logits
+        sampler = Sampler(vocab_size)
+        sampler.join([self], [prompt])
+        return sampler
 
 
 def chosen(token: int) -> int:
@@ -132,8 +81,8 @@ def broken_logits() -> WeightsError:
     )
 
 
-def penalize(logits: mx.array, seen: mx.array, penalty: float) -> mx.array:
-    """Logits (..., V) with those of `seen` (V,) bool tokens made less likely by `penalty`."""
+def penalize(logits: mx.array, seen: mx.array, penalty: float | mx.array) -> mx.array:
+    """Logits (..., V) with those of `seen` (..., V) bool tokens made less likely by `penalty`, one or (..., 1)."""
     return mx.where(seen, mx.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
@@ -143,8 +92,8 @@ def keep_top_k(logits: mx.array, k: int) -> mx.array:
     return mx.where(logits < border, -mx.inf, logits)
 
 
-def keep_top_p(logits: mx.array, p: float) -> mx.array:
-    """Logits (..., V) with all but the smallest set of largest ones of joint probability >= p at -inf."""
+def keep_top_p(logits: mx.array, p: float | mx.array) -> mx.array:
+    """Logits (..., V) with all but the smallest set of largest ones of joint probability >= p (or (..., 1)) at -inf."""
     order = mx.argsort(-logits, axis=-1)
     probabilities = mx.softmax(mx.take_along_axis(logits, order, axis=-1), axis=-1, precise=True)
     before = mx.cumsum(probabilities, axis=-1) - probabilities
@@ -152,7 +101,7 @@ def keep_top_p(logits: mx.array, p: float) -> mx.array:
     return mx.where(kept, logits, -mx.inf)
 
 
-def keep_min_p(logits: mx.array, p: float) -> mx.array:
-    """Logits (..., V) with all whose probability is below p times the largest one at -inf."""
-    border = mx.max(logits, axis=-1, keepdims=True) + math.log(p)
+def keep_min_p(logits: mx.array, p: float | mx.array) -> mx.array:
+    """Logits (..., V) with all whose probability is below p times the largest one at -inf.  p: one or (..., 1)."""
+    border = mx.max(logits, axis=-1, keepdims=True) + (mx.log(p) if isinstance(p, mx.array) else math.log(p))
     return mx.where(logits < border, -mx.inf, logits)

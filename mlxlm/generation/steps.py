@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from mlxlm.errors import PromptError, UnsupportedModelError
+from mlxlm.generation.stepping import decoding_cache, default_stepping, make_step
 from mlxlm.layers import Cache
 
 if TYPE_CHECKING:
@@ -68,7 +69,9 @@ class Steps:
 
     def __init__(self, model: Transformer, cache: Cache | None = None):
         self.model = model
-        self.cache = model.make_cache() if cache is None else cache
+        self.cache = decoding_cache(model) if cache is None else cache
+        self.stepping = default_stepping()
+        self._step = make_step(model, self.stepping)
 
     def start(self, rows: Sequence[Sequence[int]]) -> mx.array:
         """Logits (B, V) of the first token after each row; here B is 1."""
@@ -77,7 +80,7 @@ class Steps:
 
     def step(self, tokens: mx.array) -> mx.array:
         """Logits (B, V) of what follows tokens (B,)."""
-        return self.model(tokens[:, None], cache=self.cache)[:, -1]
+        return self._step(tokens, self.cache)
 
     def take(self, rows: Sequence[int]) -> None:
         """Go on with other rows: row i continues what row rows[i] did."""

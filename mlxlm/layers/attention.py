@@ -12,6 +12,7 @@ from mlxlm.errors import ConfigError, UsageError
 from mlxlm.kernels import AttentionMask, attention
 from mlxlm.layers.alibi import AlibiSpec
 from mlxlm.layers.cache import KeyValueCache
+from mlxlm.layers.joined import FEW_TOKENS, JoinedLinear
 from mlxlm.layers.norms import NoNormSpec, NormSpec
 from mlxlm.layers.positions import AttentionPositions, NoPositionsSpec, RotarySpec, TokenPositions
 from mlxlm.layers.relative_positions import RelativeBucketsSpec
@@ -116,6 +117,8 @@ class Attention(nn.Module):
         self.positions = spec.positions.build()
         self.query_norm = spec.query_norm.build()
         self.key_norm = spec.key_norm.build()
+        # The three projections of self-attention as one, where `join` made one. No parameter to mlx.nn.
+        self._joined: JoinedLinear | None = None
 
     def __call__(
         self, x: mx.array, scope: Scope, cache: KeyValueCache | None = None, memory: mx.array | None = None
@@ -127,8 +130,31 @@ class Attention(nn.Module):
 
     def project(self, x: mx.array, scope: Scope) -> tuple[mx.array, mx.array, mx.array]:
         """Queries (B, H, L, D), keys and values (B, Hkv, L, D) of x (B, L, dim), turned by their positions."""
-        query, key, value = self._projected(x)
+        if self._joined is not None and x.shape[1] <= FEW_TOKENS:
+            if self._joined.holds(self.query, self.key, self.value):
+                return self._project_joined(self._joined(x), scope)
+            self._joined = None  # somebody has other weights now
+        key, value = self._keys_and_values(x)
+        query = self.query_norm(self._heads(self.query(x)))
         return *self.positions.rotate(query, key, scope.positions), value
+
+    def _project_joined(self, x: mx.array, scope: Scope) -> tuple[mx.array, mx.array, mx.array]:
+        """See `project`: x (B, L, all heads) are queries, keys and values side by side."""
+        heads = self._heads(x)
+        first, last = self.spec.num_heads, self.spec.num_heads + self.spec.num_kv_heads
+        value = heads[:, last:]
+        if isinstance(self.spec.query_norm, NoNormSpec) and isinstance(self.spec.key_norm, NoNormSpec):
+            # Turned together; what is given for the keys is never computed.
+            both, _ = self.positions.rotate(heads[:, :last], heads[:, :0], scope.positions)
+            return both[:, :first], both[:, first:], value
+        query, key = self.query_norm(heads[:, :first]), self.key_norm(heads[:, first:last])
+        return *self.positions.rotate(query, key, scope.positions), value
+
+    def join(self) -> None:
+        """Compute the projections of self-attention as one where that is possible; for inference, see `joined`."""
+        layers = (self.query, self.key, self.value)
+        if self._joined is None and JoinedLinear.joins(layers):
+            self._joined = JoinedLinear(layers)
 
     def attend(
         self, query: mx.array, key: mx.array, value: mx.array, scope: Scope, cache: KeyValueCache | None = None
@@ -210,9 +236,6 @@ class Attention(nn.Module):
             x = mx.clip(x, -self.spec.clip, self.spec.clip)
         batch, length, _ = x.shape
         return x.reshape(batch, length, -1, self.spec.head_dim).transpose(0, 2, 1, 3)
-
-    def _projected(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        return self.query_norm(self._heads(self.query(x))), *self._keys_and_values(x)
 
     def _keys_and_values(self, x: mx.array) -> tuple[mx.array, mx.array]:
         key = self.key_norm(self._heads(self.key(x)))

@@ -119,6 +119,15 @@ class Block(nn.Module):
             x = self.cross_attention_residual(x, lambda h: self.cross_attention(h, scope, cache, memory))
         return self.feed_forward_residual(x, self.feed_forward)
 
+    def project(self, x: mx.array, scope: Scope) -> tuple[mx.array, mx.array, mx.array]:
+        """What self-attention asks and offers: queries, keys and values of x (B, L, dim), see `Attention.project`."""
+        return self.attention.project(self.attention_residual.norm_in(x), scope)
+
+    def finish(self, x: mx.array, found: mx.array) -> mx.array:
+        """The block's output (B, L, dim), given what self-attention found, (B, H, L, D); without cross-attention."""
+        x = self.attention_residual(x, lambda _: self.attention.project_out(found))
+        return self.feed_forward_residual(x, self.feed_forward)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelBlockSpec(Spec):
@@ -159,4 +168,14 @@ class ParallelBlock(nn.Module):
         normed = self.norm(x)
         other = normed if self.spec.feed_forward_norm is None else self.feed_forward_norm(x)
         total = x + self.dropout(self.attention(normed, scope, cache)) + self.dropout(self.feed_forward(other))
+        return total if self.after is None else total + self.after(total)
+
+    def project(self, x: mx.array, scope: Scope) -> tuple[mx.array, mx.array, mx.array]:
+        """See `Block.project`."""
+        return self.attention.project(self.norm(x), scope)
+
+    def finish(self, x: mx.array, found: mx.array) -> mx.array:
+        """See `Block.finish`."""
+        other = (self.norm if self.spec.feed_forward_norm is None else self.feed_forward_norm)(x)
+        total = x + self.dropout(self.attention.project_out(found)) + self.dropout(self.feed_forward(other))
         return total if self.after is None else total + self.after(total)

@@ -114,6 +114,11 @@ class KeyValueCache:
             self.append(key, value)
             self.virtual = self.length
 
+    @property
+    def takes_back(self) -> int:
+        """How many of the last tokens can be forgotten at any time."""
+        return 2**31
+
     def can_trim(self, length: int) -> bool:
         """Whether `trim(length)` would leave what the next token sees; to nothing is always possible."""
         return True
@@ -252,6 +257,11 @@ class Cache:
     def nbytes(self) -> int:
         """Bytes held, free room included."""
         return sum(array.nbytes for array in self.arrays())
+
+    @property
+    def takes_back(self) -> int:
+        """How many of the last tokens can be forgotten at any time."""
+        return min(layer.takes_back for layer in self.layers)
 
     def can_trim(self, length: int) -> bool:
         """Whether `trim(length)` can be done: some layers forget what is far behind. To 0 is always possible."""

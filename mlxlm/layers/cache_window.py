@@ -128,6 +128,11 @@ class WindowCache(KeyValueCache):
             setattr(self, name, tuple(moved))
         self.first = kept_from
 
+    @property
+    def takes_back(self) -> int:
+        """See `KeyValueCache.takes_back`."""
+        return 0 if self.keep else self.reserve_tokens
+
     def can_trim(self, length: int) -> bool:
         """See `KeyValueCache.can_trim`."""
         end = self.virtual + length

@@ -8,6 +8,7 @@ import mlx.core as mx
 from mlx import nn
 
 from mlxlm.layers.activations import activation, fused
+from mlxlm.layers.joined import FEW_TOKENS, JoinedLinear
 from mlxlm.layers.spec import Spec
 
 
@@ -48,8 +49,19 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(spec.dim, spec.hidden_dim, bias=spec.bias)
         self.down = nn.Linear(spec.hidden_dim, spec.dim, bias=spec.bias)
         self.dropout = nn.Dropout(spec.dropout)
+        # gate and up as one product, where `join` made one. No parameter to mlx.nn.
+        self._joined: JoinedLinear | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
+        if self._joined is not None and x.shape[-2] <= FEW_TOKENS:
+            if self._joined.holds(self.gate, self.up):
+                return self.down(self.dropout(self._inner(*mx.split(self._joined(x), 2, axis=-1))))
+            self._joined = None  # somebody has other weights now
         if self.spec.gated:
             return self.down(self.dropout(self._inner(self.gate(x), self.up(x))))
         return self.down(self.dropout(self._inner(self.up(x))))
+
+    def join(self) -> None:
+        """Compute gate and up as one where that is possible; for inference, see `joined`."""
+        if self._joined is None and self.spec.gated and JoinedLinear.joins((self.gate, self.up)):
+            self._joined = JoinedLinear((self.gate, self.up))

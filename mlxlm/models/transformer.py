@@ -10,7 +10,17 @@ from mlx import nn
 
 from mlxlm.errors import PromptError, UnsupportedModelError, UsageError
 from mlxlm.kernels import AttentionMask
-from mlxlm.layers import AlibiSpec, Cache, CacheSpec, Prefix, Scope, TokenPositions, VirtualTokens, shifted
+from mlxlm.layers import (
+    AlibiSpec,
+    Cache,
+    CacheSpec,
+    NormalizedPositionsSpec,
+    Prefix,
+    Scope,
+    TokenPositions,
+    VirtualTokens,
+    shifted,
+)
 from mlxlm.layers.virtual import StackName
 from mlxlm.models.config import StackSpec, TransformerConfig
 from mlxlm.models.heads import SequenceHeadSpec
@@ -325,6 +335,17 @@ class Transformer(nn.Module):
             if stack is not None:
                 stack._recomputed = count
 
+    def join_projections(self) -> None:
+        """Compute what reads the same input as one in decoding steps, see `mlxlm.layers.joined`; for inference.
+
+        Names, weights and results stay the same. Layers whose weights are replaced later go back to what they were
+        until this is called again.
+        """
+        for stack in (getattr(self, name, None) for name in ("encoder", "decoder")):
+            for layer in stack.layers if stack is not None else ():
+                layer.attention.join()
+                layer.feed_forward.join()
+
     def make_cache(self, spec: CacheSpec | None = None) -> Cache:
         """An empty key/value cache for the decoder, see `CacheSpec`. Raises UnsupportedModelError for an encoder-only
         model.
@@ -348,12 +369,22 @@ class Transformer(nn.Module):
         if explicit is not None and (explicit.ndim != 2 or explicit.shape[1] != tokens.shape[1]):
             raise UsageError(f"positions have shape {explicit.shape}, but tokens {tokens.shape}")
         offset = first + (0 if cache is None else cache.offset)
-        table = self.config.embeddings.positions
-        end = first + (0 if cache is None else cache.length) + tokens.shape[1]
-        limit = None if table is None else table.limit
-        if limit is not None and explicit is None and end > limit:
-            raise PromptError(f"{end} tokens are more than the {limit} positions that this model has")
+        if explicit is None and (cache is None or cache.place is None):
+            self.check_room(cache, first + tokens.shape[1])
         return TokenPositions(tokens.shape[1], offset, explicit, blocks, context)
+
+    def check_room(self, cache: Cache | None, num_tokens: int) -> None:
+        """Raise PromptError when so many tokens more than a cache holds have no positions in this model."""
+        table = self.config.embeddings.positions
+        limit = None if table is None else table.limit
+        if limit is not None and (end := num_tokens + (0 if cache is None else cache.length)) > limit:
+            raise PromptError(f"{end} tokens are more than the {limit} positions that this model has")
+
+    @property
+    def rows_are_independent(self) -> bool:
+        """Whether rows of different lengths may go through one pass: no position depends on the longest of them."""
+        added = self.config.embeddings.positions
+        return self.cache_serves(1, 2**30) and not (isinstance(added, NormalizedPositionsSpec) and added.length is None)
 
     def cache_serves(self, held: int, length: int) -> bool:
         """Whether the keys of a cache of `held` tokens are those that a context of `length` tokens has.

@@ -21,19 +21,10 @@ LENGTH = 40
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request, tmp_path_factory):
+@pytest.fixture(params=FAMILIES)
+def family(request, loaded_models):
     """Model, tokens (2, L) and logits of the whole rows as numpy."""
-    import shutil
-
-    source = FIXTURES / "models" / request.param
-    shared = source / "weights-of"
-    if shared.exists():
-        target = tmp_path_factory.mktemp("model") / request.param
-        shutil.copytree(source, target)
-        shutil.copy(FIXTURES / "models" / shared.read_text().strip() / "model.safetensors", target)
-        source = target
-    model = load_model(source)
+    model = loaded_models[request.param]
     vocabulary = model.config.embeddings.vocab_size
     tokens = mx.array(np.random.default_rng(0).integers(5, vocabulary, (2, LENGTH)))
     return model, tokens, np.array(model(tokens))

@@ -1,0 +1,103 @@
+"""Answers to many prompts at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mlxlm.errors import UsageError
+from mlxlm.generation.requests import Completion, Request, TokenChoice
+from mlxlm.generation.sampling import Sampling
+from mlxlm.generation.scheduler import Scheduler
+from mlxlm.generation.stepping import Stepping
+from mlxlm.layers import CacheSpec
+
+if TYPE_CHECKING:
+    from mlxlm.models import Transformer
+
+
+def generate_tokens(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int | Sequence[int] = 100,
+    samples: int = 1,
+    stop_tokens: Iterable[int] = (),
+    sampling: Sampling | None = None,
+    likelihoods: int | None = None,
+    words: int | None = None,
+    batch_size: int = 16,
+    chunk: int | None = None,
+    spec: CacheSpec | None = None,
+    cache_limit: int | None = None,
+    stepping: Stepping | None = None,
+) -> list[Completion]:
+    """Answers to prompts of token ids, in order; `samples` of them to each prompt, one after another.
+
+    The model's weights are used as they are now, so rollouts between updates need nothing but this call.
+
+    max_tokens: of an answer, one for all or one a prompt.  sampling: default greedy. Its seed is that of the first
+    answer; the next ones count on from it.  likelihoods: 0 also gives the log probability of each token (as the model
+    has it, whatever the sampling), n those of the n likeliest ones too.  words: ids from there on are never chosen,
+    default the model's vocabulary.  batch_size: answers made at once.  chunk, spec, cache_limit: see `Scheduler`.
+
+    Raises PromptError for an empty prompt, one with a foreign id and one that fills the context.
+    """
+    requests = list(
+        make_requests(
+            prompts, max_tokens=max_tokens, stop_tokens=stop_tokens, sampling=sampling, likelihoods=likelihoods
+        )
+    )
+    if samples < 1 or batch_size < 1:
+        raise UsageError("samples and batch_size are at least 1")
+    scheduler = Scheduler(
+        model,
+        model.config.embeddings.vocab_size if words is None else words,
+        max_rows=batch_size,
+        chunk=chunk,
+        spec=spec,
+        cache_limit=cache_limit,
+        stepping=stepping,
+    )
+    return run(scheduler, requests, samples)
+
+
+def make_requests(
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int | Sequence[int],
+    stop_tokens: Iterable[int],
+    sampling: Sampling | None,
+    likelihoods: int | None = None,
+) -> Iterator[Request]:
+    """One request a prompt. See `generate_tokens`."""
+    limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
+    if len(limits) != len(prompts):
+        raise UsageError(f"{len(limits)} numbers of max_tokens for {len(prompts)} prompts")
+    sampling, stops = sampling or Sampling(), frozenset(stop_tokens)
+    for prompt, limit in zip(prompts, limits, strict=True):
+        yield Request(
+            tokens=tuple(prompt), max_tokens=limit, stop_tokens=stops, sampling=sampling, likelihoods=likelihoods
+        )
+
+
+def run(scheduler: Scheduler, requests: Sequence[Request], samples: int = 1) -> list[Completion]:
+    """Answer requests with a scheduler, `samples` times each; see `generate_tokens`."""
+    made: list[list[TokenChoice]] = [[] for _ in range(len(requests) * samples)]
+    # Prompts of like length are read and padded together, the longest first: what needs most memory comes at once.
+    order = sorted(range(len(requests)), key=lambda index: -len(requests[index].tokens))
+    for index in order:
+        for first in range(0, samples, scheduler.max_rows):
+            count = min(scheduler.max_rows, samples - first)
+            rows = scheduler.add(requests[index], copies=count)
+            for number, row in enumerate(rows, index * samples + first):
+                row.owner = number
+                seed = row.request.sampling.seed
+                if seed is not None:
+                    counted = replace(row.request.sampling, seed=(seed + number) % 2**64)
+                    row.request = replace(row.request, sampling=counted)
+    while scheduler.busy:
+        for row, choice in scheduler.step():
+            made[row.owner].append(choice)
+    return [Completion.of(choices) for choices in made]

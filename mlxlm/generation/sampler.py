@@ -1,0 +1,159 @@
+"""Choosing the next tokens of many answers at once, each with its own sampling and random numbers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from mlxlm.errors import SamplingError
+from mlxlm.generation.sampling import Sampling, keep_min_p, keep_top_k, keep_top_p, penalize
+
+
+class Sampler:
+    """Chooses the next token of each row of a batch; see `Sampling`. Rows come (`join`) and go (`take`).
+
+    vocab_size: ids from there on are never chosen. What a row draws depends on its own seed alone, not on the others.
+    """
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+        self.samplings: list[Sampling] = []
+        # Random keys (B, 2), what is added to logits (B, V) and what occurred (B, V); None while no row needs it.
+        self._keys = mx.zeros((0, 2), dtype=mx.uint32)
+        self._bias: mx.array | None = None
+        self._seen: mx.array | None = None
+        self._settle()
+
+    def join(self, samplings: Sequence[Sampling], prompts: Sequence[Sequence[int]]) -> None:
+        """Append rows.  prompts: tokens that count as having occurred, one list a row."""
+        self.extend(Sampler._made(self.vocab_size, samplings, prompts))
+
+    @classmethod
+    def _made(cls, size: int, samplings: Sequence[Sampling], prompts: Sequence[Sequence[int]]) -> Sampler:
+        made = cls(size)
+        made.samplings = list(samplings)
+        seeds = [int.from_bytes(os.urandom(4), "little") if s.seed is None else s.seed for s in samplings]
+        made._keys = mx.stack([mx.random.key(seed) for seed in seeds])
+        if any(sampling.logit_bias for sampling in samplings):
+            made._bias = mx.stack([_bias(sampling, size) for sampling in samplings])
+        if any(sampling.repetition_penalty != 1 for sampling in samplings):
+            made._seen = mx.zeros((len(seeds), size), dtype=mx.bool_)
+            for row, prompt in enumerate(prompts):
+                made._seen[row, mx.array(list(prompt))] = True
+        return made
+
+    def extend(self, other: Sampler) -> None:
+        """Append the rows of another sampler, as far as they have come."""
+        before, more, size = len(self.samplings), len(other.samplings), self.vocab_size
+        self.samplings = [*self.samplings, *other.samplings]
+        self._keys = mx.concatenate([self._keys, other._keys])
+        for name, dtype in (("_bias", mx.float32), ("_seen", mx.bool_)):
+            one, two = getattr(self, name), getattr(other, name)
+            if one is not None or two is not None:
+                one = mx.zeros((before, size), dtype=dtype) if one is None else one
+                two = mx.zeros((more, size), dtype=dtype) if two is None else two
+                setattr(self, name, mx.concatenate([one, two]))
+        self._settle()
+
+    def take(self, rows: Sequence[int]) -> None:
+        """Row i becomes what row rows[i] was."""
+        chosen = mx.array(list(rows), dtype=mx.int32)
+        self.samplings = [self.samplings[row] for row in rows]
+        self._keys = self._keys[chosen]
+        self._bias = None if self._bias is None else self._bias[chosen]
+        self._seen = None if self._seen is None else self._seen[chosen]
+        self._settle()
+
+    def _settle(self) -> None:
+        """What depends on the set of rows, made once: one number a row, (B, 1)."""
+        rows = self.samplings
+
+        def column(values: list[float]) -> mx.array:
+            return mx.array(values, dtype=mx.float32).reshape(-1, 1)
+
+        self._random = [sampling.temperature > 0 for sampling in rows]
+        self._temperature = column([sampling.temperature or 1.0 for sampling in rows])
+        self._penalty = column([sampling.repetition_penalty for sampling in rows])
+        self._top_k = {sampling.top_k for sampling in rows if sampling.temperature > 0}
+        # A row without a filter gets a border that nothing reaches.
+        self._k = mx.array([sampling.top_k or self.vocab_size for sampling in rows], dtype=mx.int32).reshape(-1, 1)
+        self._top_p = [sampling.top_p < 1 and sampling.temperature > 0 for sampling in rows]
+        self._p = column([sampling.top_p if sampling.top_p < 1 else 2.0 for sampling in rows])
+        self._min_p = [sampling.min_p > 0 and sampling.temperature > 0 for sampling in rows]
+        self._share = column([sampling.min_p for sampling in rows])
+
+    def __call__(self, logits: mx.array, added: mx.array | None = None) -> mx.array:
+        """The next token of each row, (B,) int32, from logits (B, V or more); added (B, V): to them, before anything.
+
+        -1 for a row with a logit that is not a number: `chosen` makes an error of it once the token is read.
+        """
+        logits = logits[:, : self.vocab_size]
+        broken = mx.any(mx.isnan(logits), axis=-1)
+        logits = self.processed(logits, added)
+        greedy = None if all(self._random) else mx.argmax(logits, axis=-1)
+        if greedy is not None and not any(self._random):
+            tokens = greedy
+        else:
+            drawn = mx.argmax(self.filtered(logits) + self._noise(), axis=-1)
+            tokens = drawn if greedy is None else mx.where(mx.array(self._random), drawn, greedy)
+        self.observe(tokens)
+        return mx.where(broken, -1, tokens.astype(mx.int32))
+
+    def observe(self, tokens: mx.array) -> None:
+        """Count tokens (B,) as having occurred."""
+        if self._seen is not None:
+            self._seen = self._seen | (mx.arange(self.vocab_size) == tokens[:, None])
+
+    def processed(self, logits: mx.array, added: mx.array | None = None) -> mx.array:
+        """Logits (B, V) with what is added to them and penalties for repetition."""
+        if self._seen is None and self._bias is None and added is None:
+            return logits
+        logits = logits.astype(mx.float32)
+        if added is not None:
+            logits = logits + added
+        if self._seen is not None:
+            logits = penalize(logits, self._seen, self._penalty)
+        return logits if self._bias is None else logits + self._bias
+
+    def filtered(self, logits: mx.array) -> mx.array:
+        """Logits (B, V), divided by the temperature and with those that may not be drawn at -inf."""
+        logits = logits.astype(mx.float32)
+        # The largest is made 0 first, so that a tiny temperature gives the greedy choice and not infinities.
+        logits = (logits - mx.max(logits, axis=-1, keepdims=True)) / self._temperature
+        if any(0 < k < logits.shape[-1] for k in self._top_k):
+            if len(self._top_k) == 1:
+                logits = keep_top_k(logits, next(iter(self._top_k)))
+            else:
+                ordered = mx.sort(logits, axis=-1)
+                border = mx.take_along_axis(ordered, mx.maximum(self.vocab_size - self._k, 0), axis=-1)
+                logits = mx.where(logits < border, -mx.inf, logits)
+        if any(self._top_p):
+            logits = keep_top_p(logits, self._p)
+        if any(self._min_p):
+            logits = keep_min_p(logits, self._share)
+        return logits
+
+    def _noise(self) -> mx.array:
+        """Gumbel noise (B, V): the largest of logits and noise is distributed as the logits say (Gumbel 1954)."""
+        shape = (self.vocab_size,)
+        if len(self.samplings) == 1:
+            keys = mx.random.split(self._keys[0])
+            self._keys = keys[:1]
+            return mx.random.gumbel(shape, key=keys[1])[None]
+        keys = mx.vmap(mx.random.split)(self._keys)
+        self._keys = keys[:, 0]
+        return mx.vmap(lambda key: mx.random.gumbel(shape, key=key))(keys[:, 1])
+
+
+def _bias(sampling: Sampling, vocab_size: int) -> mx.array:
+    """The logit biases of a row, (V,). Raises SamplingError for an id that is none."""
+    bias = mx.zeros((vocab_size,))
+    for token in sampling.logit_bias:
+        if not 0 <= token < vocab_size:
+            raise SamplingError(f"logit_bias names token {token}, but ids run from 0 to {vocab_size - 1}")
+    if not sampling.logit_bias:
+        return bias
+    ids = mx.array(list(sampling.logit_bias))
+    return bias.at[ids].add(mx.array(list(sampling.logit_bias.values())))

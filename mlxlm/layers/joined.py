@@ -1,0 +1,70 @@
+"""Linear layers that read the same input, computed as one.
+
+A decoding step is bound by the number of its operations and by how well each reads its weights, so one product with
+three weights below each other is faster than three products. The layers stay what they are: after joining, their
+weights are views of the joined one, so nothing is held twice, and names, saving and adapters know nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+from mlx import nn
+
+# More tokens than that are computed apart: large products gain nothing, and their parts would not be contiguous.
+FEW_TOKENS = 8
+
+_PARTS = ("weight", "scales", "biases", "bias")
+
+
+class JoinedLinear:
+    """Float or quantized linear layers of one input as a single product, as long as they are what they were."""
+
+    def __init__(self, layers: Sequence[nn.Module]):
+        self.layers = tuple(layers)
+        self.parts: dict[str, mx.array] = {}
+        for name in _PARTS:
+            arrays = [layer[name] for layer in layers if name in layer]
+            if not arrays:
+                continue
+            joined = mx.concatenate(arrays, axis=0)
+            mx.eval(joined)
+            self.parts[name] = joined
+            start = 0
+            for layer, array in zip(layers, arrays, strict=True):
+                layer[name] = joined[start : start + array.shape[0]]
+                start += array.shape[0]
+            mx.eval([layer[name] for layer in layers])
+        self._weights = tuple(layer["weight"] for layer in layers)
+        first = layers[0]
+        self._form = {name: getattr(first, name) for name in ("group_size", "bits", "mode") if hasattr(first, name)}
+
+    @staticmethod
+    def joins(layers: Sequence[nn.Module]) -> bool:
+        """Whether the layers can be joined: plain linear ones, or quantized ones of one form, with or without bias."""
+        kinds = {type(layer) for layer in layers}
+        if len(kinds) != 1 or not kinds <= {nn.Linear, nn.QuantizedLinear}:
+            return False
+        forms = {tuple(getattr(layer, name, None) for name in ("group_size", "bits", "mode")) for layer in layers}
+        parts = {tuple((name, layer[name].dtype) for name in _PARTS if name in layer) for layer in layers}
+        return len(forms) == len(parts) == 1
+
+    def holds(self, *layers: nn.Module) -> bool:
+        """Whether these are the joined layers, and nobody has changed their weights since."""
+        return all(
+            layer is own and layer["weight"] is weight
+            for layer, own, weight in zip(layers, self.layers, self._weights, strict=True)
+        )
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(..., all features out) of x (..., dim), those of the first layer first."""
+        parts = self.parts
+        if "scales" in parts:
+            out = mx.quantized_matmul(
+                x, parts["weight"], parts["scales"], parts.get("biases"), transpose=True, **self._form
+            )
+            return out + parts["bias"] if "bias" in parts else out
+        if "bias" in parts:
+            return mx.addmm(parts["bias"], x, parts["weight"].T)
+        return x @ parts["weight"].T

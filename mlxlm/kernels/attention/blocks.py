@@ -10,7 +10,9 @@ from mlxlm.kernels.attention.problem import AttentionProblem
 
 MIN_BLOCK_ROWS = 32  # fewer rows a product waste the device; more would break a tight budget sooner
 BUDGET_KEYS = 8192  # with more keys the budget grows as they do, so that the number of blocks is linear in the length
-MAX_BLOCKS = 1024  # bounds the unrolled graph; beyond, blocks grow with the work
+MAX_BLOCKS = 512  # bounds the unrolled graph; beyond, blocks grow with the work and fewer fit into `planned_bytes`
+IN_FLIGHT = 3  # budgets of scores that may exist at once: GPU backends schedule blocks ahead of the one that runs
+SCORES_ALIVE = 5  # arrays of the size of a block's scores in float32 that the backward pass holds at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,26 @@ def block_budget(problem: AttentionProblem, device: DeviceProfile) -> int:
     """Bytes that the scores of one block may take."""
     keys = problem.widest_range(min(problem.query_length, device.block_rows))
     return device.block_bytes * max(keys, BUDGET_KEYS) // BUDGET_KEYS
+
+
+def planned_bytes(problem: AttentionProblem, device: DeviceProfile) -> int:
+    """What a forward and a backward pass may hold on top of their inputs: twice as much for lengths twice as long.
+
+    `mx.set_memory_limit` at this much above what is held before makes GPU backends wait instead of running further
+    ahead. A dense bias, which has a gradient of its own size, is not counted.
+    """
+    item = 4 if device.kind == "cpu" else problem.element_bytes
+    queries = problem.batch * problem.heads * problem.query_length
+    keys = problem.batch * problem.kv_heads * problem.key_length
+    saved = queries * (2 * problem.value_dim * item + 3 * 4)  # output, its gradient; log-sum-exp, its gradient, delta
+    # Gradients of groups of heads, and those put together; within a group those of keys and values are float32 sums.
+    gradients = 2 * item * (queries * problem.head_dim + keys * (problem.head_dim + problem.value_dim))
+    groups = head_groups(problem, device, SCORES_ALIVE)
+    sums = 8 * keys * (problem.head_dim + problem.value_dim) // len(groups)
+    if problem.relative_bias:
+        sums += 2 * 4 * problem.heads * (problem.query_length + problem.key_length)
+    scores = 4 * SCORES_ALIVE * queries * problem.widest_range(min(problem.query_length, device.block_rows))
+    return saved + gradients + sums + min(scores, IN_FLIGHT * block_budget(problem, device))
 
 
 def ranges(length: int, size: int) -> list[Range]:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlxlm import runtime
-from mlxlm.kernels.attention.blocks import HeadGroup, head_groups
+from mlxlm.kernels.attention.blocks import SCORES_ALIVE, HeadGroup, head_groups
 from mlxlm.kernels.attention.device import device_profile
 from mlxlm.kernels.attention.dropout import keep_mask
 from mlxlm.kernels.attention.launches import Range
@@ -28,7 +28,7 @@ from mlxlm.kernels.exponential import exp
 
 Arrays = dict[str, mx.array]
 
-_FORWARD_SCORES, _BACKWARD_SCORES = 3, 5  # arrays of the size of a block's scores that exist at once
+_FORWARD_SCORES = 3  # arrays of the size of a block's scores that exist at once in the forward pass
 _MASK_ARRAYS = ("query_offset", "prefix_lengths", "key_lengths", "query_segments", "key_segments")
 
 
@@ -70,7 +70,7 @@ def attention(
         on_cpu=device.kind == "cpu",
         problem=problem,
         forward_groups=head_groups(problem, device, _FORWARD_SCORES),
-        backward_groups=head_groups(problem, device, _BACKWARD_SCORES),
+        backward_groups=head_groups(problem, device, SCORES_ALIVE),
     )
 
     @mx.custom_function

@@ -8,7 +8,9 @@ import pytest
 from mlxlm import runtime
 from mlxlm.kernels import AttentionMask, attention
 from mlxlm.kernels.attention import tiled
+from mlxlm.kernels.attention.blocks import planned_bytes
 from mlxlm.kernels.attention.device import CPU
+from mlxlm.kernels.attention.problem import describe
 
 pytestmark = pytest.mark.skipif(
     runtime.backend() != "cpu", reason="GPUs run ahead, so peaks of small problems say nothing; tools/benchmarks does"
@@ -78,6 +80,14 @@ def test_twice_the_length_takes_at_most_2_2_times_the_memory(case, tight):
     short, long = (min(peak("tiled", case, length) for _ in range(2)) for length in (768, 1536))
     assert long <= 2.2 * short
     assert long < 4 * H * 1536 * 1536, "less than the scores alone"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_pass_takes_no_more_than_planned(case):
+    make_mask, make_modifiers = CASES[case]
+    matrices = [mx.zeros((1, H, 700, D))] * 3
+    planned = planned_bytes(describe(*matrices, make_mask(700), **make_modifiers(700)), CPU)
+    assert min(peak("tiled", case, 700) for _ in range(2)) <= planned
 
 
 def test_the_measure_sees_a_dense_implementation():

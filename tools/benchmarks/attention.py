@@ -234,11 +234,11 @@ def table_line(row: Row, half: Row | None) -> str:
         return "-" if above is None or below is None or not below[key] else f"{above[key] / below[key]:.2f}"
 
     mark = "*" if theirs is not None and theirs["by"] == "plain" else " "
-    half, limit = half or {}, row.get("planned")
+    half, planned = half or {}, format(row["planned"], ".3f") if row.get("planned") else "-"
     return (
         f"{row['case']:<9}{row['length']:>6} |{number(theirs, 'ms', '.1f'):>10}{mark}{number(ours, 'ms', '.1f'):>9}"
         f"{ratio(theirs, ours, 'ms'):>7} |{number(theirs, 'gb', '.3f'):>10}{mark}{number(ours, 'gb', '.3f'):>8}"
-        f"{ratio(theirs, ours, 'gb'):>7} |{format(limit, '.3f') if limit else '-':>9} |{ratio(theirs, half.get('theirs'), 'gb'):>15}"
+        f"{ratio(theirs, ours, 'gb'):>7} |{planned:>9} |{ratio(theirs, half.get('theirs'), 'gb'):>15}"
         f"{ratio(ours, half.get('ours'), 'gb'):>6} |{number(ours, 'first', '.1f'):>8}"
     )
 

@@ -10,7 +10,6 @@ from mlxlm.kernels.attention.problem import AttentionProblem
 
 MIN_BLOCK_ROWS = 32  # fewer rows a product waste the device; more would break a tight budget sooner
 BUDGET_KEYS = 8192  # with more keys the budget grows as they do, so that the number of blocks is linear in the length
-MAX_BLOCKS = 512  # bounds the unrolled graph; beyond, blocks grow with the work and fewer fit into `planned_bytes`
 IN_FLIGHT = 3  # budgets of scores that may exist at once: GPU backends schedule blocks ahead of the one that runs
 SCORES_ALIVE = 5  # arrays of the size of a block's scores in float32 that the backward pass holds at once
 
@@ -44,14 +43,15 @@ def head_groups(problem: AttentionProblem, device: DeviceProfile, scores_alive: 
         batch, heads = ((batch + 1) // 2, heads) if batch > 1 else (1, (heads + 1) // 2)
     groups = [(b, h) for b in ranges(B, batch) for h in ranges(K, heads)]
     part = replace(problem, batch=batch, heads=heads * problem.group, kv_heads=heads)
-    blocks = row_blocks(part, device, scores_alive, max(1, MAX_BLOCKS // len(groups)))
+    blocks = row_blocks(part, device, scores_alive, max(1, device.most_blocks // len(groups)))
     return [HeadGroup(batch=b, heads=h, rows=blocks) for b, h in groups]
 
 
-def row_blocks(
-    problem: AttentionProblem, device: DeviceProfile, scores_alive: int, most_blocks: int = MAX_BLOCKS
-) -> list[Range]:
-    """Blocks of queries [start, stop) whose float32 scores, for all heads of the problem, fit the device's budget."""
+def row_blocks(problem: AttentionProblem, device: DeviceProfile, scores_alive: int, most_blocks: int) -> list[Range]:
+    """Blocks of queries [start, stop) whose float32 scores, for all heads of the problem, fit the device's budget.
+
+    most_blocks: where more would be needed, they are as few as that, and larger.
+    """
     length, budget = problem.query_length, block_budget(problem, device)
     most = length
     if problem.query_offset is not None and not problem.prefix:
@@ -93,8 +93,12 @@ def planned_bytes(problem: AttentionProblem, device: DeviceProfile) -> int:
     sums = 8 * keys * (problem.head_dim + problem.value_dim) // len(groups)
     if problem.relative_bias:
         sums += 2 * 4 * problem.heads * (problem.query_length + problem.key_length)
+    heads = (groups[0].batch[1] - groups[0].batch[0]) * (groups[0].heads[1] - groups[0].heads[0]) * problem.group
+    rows = groups[0].rows[0][1]
+    # Where the number of blocks is bounded they outgrow their budget: one that runs and the next must still fit.
+    two_blocks = 2 * item * SCORES_ALIVE * heads * rows * problem.widest_range(rows)
     scores = 4 * SCORES_ALIVE * queries * problem.widest_range(min(problem.query_length, device.block_rows))
-    return saved + gradients + sums + min(scores, IN_FLIGHT * block_budget(problem, device))
+    return saved + gradients + sums + min(scores, max(IN_FLIGHT * block_budget(problem, device), two_blocks))
 
 
 def ranges(length: int, size: int) -> list[Range]:

@@ -20,6 +20,8 @@ class DeviceProfile:
     teraflops, bandwidth: float32 TFLOP/s and GB/s.  working_set: bytes the device recommends to use, None if unknown.
     block_bytes: what the scores of one block of the tiled path may take, up to BUDGET_KEYS keys.
     block_rows: queries of a block of the tiled path below which heads are split rather than rows.
+    most_blocks: of the tiled path in one pass. Building and compiling the graph takes milliseconds a block, which a CPU
+        takes longer to compute.
     short_bytes: up to this size of all scores in float32, a dense computation is as good as tiles.
     """
 
@@ -32,6 +34,7 @@ class DeviceProfile:
     working_set: int | None = None
     block_bytes: int = 32 * _MIB
     block_rows: int = 128
+    most_blocks: int = 1024
     short_bytes: int = 64 * _MIB
 
     @property
@@ -65,6 +68,7 @@ def metal_profile(architecture: str, working_set: int | None = None) -> DevicePr
     return DeviceProfile(
         name=f"M{generation}{variant}", kind="metal", generation=generation, cores=cores, teraflops=teraflops,
         bandwidth=bandwidth, working_set=working_set, block_bytes=block, block_rows=512,
+        most_blocks=512,
     )  # fmt: skip
 
 
@@ -79,6 +83,7 @@ CUDA = DeviceProfile(
     bandwidth=3000.0,
     block_bytes=160 * _MIB,
     block_rows=512,
+    most_blocks=512,
     short_bytes=512 * _MIB,
 )
 

@@ -14,8 +14,8 @@ from mlxlm.errors import UsageError
 
 
 def classify(
-    model: opt.Model,
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to label.")] = None,
+    model: opt.ModelOrShipped = None,
     input: Annotated[
         str | None,
         typer.Option(
@@ -40,7 +40,7 @@ def classify(
     if bool(texts) == (input is not None):
         raise UsageError("give either texts or --input, one of both")
     rows: list[dict[str, Any]] = [{"text": text} for text in texts or ()] or list(read_jsonl(str(input)))
-    network, tokenizer = opt.load(model, dtype, revision, adapter_path)
+    network, tokenizer = opt.load(model or opt.shipped_model(), dtype, revision, adapter_path)
     options: dict[str, Any] = {"batch_size": batch_size, "truncate": truncate}
     start = time.perf_counter()
     if head_labels(network) and not isinstance(network.config.head, SequenceHeadSpec):

@@ -15,6 +15,7 @@ from mlxlm.cli.embed import embed
 from mlxlm.cli.evaluate import evaluate
 from mlxlm.cli.families import families
 from mlxlm.cli.fill_mask import fill_mask
+from mlxlm.cli.finetune import finetune
 from mlxlm.cli.fuse import fuse
 from mlxlm.cli.generate import generate
 from mlxlm.cli.plan import plan
@@ -32,7 +33,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (generate, chat, embed, fill_mask, classify, evaluate, plot, pretrain, families, fuse, doctor, plan):
+for verb in (
+    generate, chat, embed, fill_mask, classify, finetune, evaluate, plot, pretrain, families, fuse, doctor, plan,
+):  # fmt: skip
     app.command(verb.__name__.replace("_", "-"), no_args_is_help=verb in (fill_mask, classify))(verb)
 app.add_typer(tokenizer)
 

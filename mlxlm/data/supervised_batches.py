@@ -58,6 +58,12 @@ class SupervisedSource:
         """Batches of the current epoch."""
         return len(self._batches())
 
+    def num_batches(self, epochs: int) -> int:
+        """Batches of the first epochs together. Packed rows depend on the order, so epochs may differ in number."""
+        if not self.packing:
+            return epochs * -(-len(self.examples) // self.batch_size)
+        return sum(len(self._arrange(epoch)) for epoch in range(epochs))
+
     def next(self) -> Batch | None:
         """The next batch, None after the last epoch."""
         if self.epochs is not None and self.epoch >= self.epochs:
@@ -101,11 +107,11 @@ class SupervisedSource:
     def _batches(self) -> list[list[list[int]]]:
         """Batches of this epoch: of rows of numbers of examples."""
         if self._plan is None or self._plan[0] != self.epoch:
-            self._plan = (self.epoch, self._arrange())
+            self._plan = (self.epoch, self._arrange(self.epoch))
         return self._plan[1]
 
-    def _arrange(self) -> list[list[list[int]]]:
-        rng = np.random.default_rng((self.seed, self.epoch))
+    def _arrange(self, epoch: int) -> list[list[list[int]]]:
+        rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(len(self.examples)) if self.shuffle else np.arange(len(self.examples))
         size = self.batch_size
         if self.packing:

@@ -130,7 +130,7 @@ class Attention(nn.Module):
 
     def project(self, x: mx.array, scope: Scope) -> tuple[mx.array, mx.array, mx.array]:
         """Queries (B, H, L, D), keys and values (B, Hkv, L, D) of x (B, L, dim), turned by their positions."""
-        if self._joined is not None and x.shape[1] <= FEW_TOKENS:
+        if self._joined is not None and not self.training and x.shape[1] <= FEW_TOKENS:
             if self._joined.holds(self.query, self.key, self.value):
                 return self._project_joined(self._joined(x), scope)
             self._joined = None  # somebody has other weights now

@@ -53,7 +53,7 @@ class FeedForward(nn.Module):
         self._joined: JoinedLinear | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
-        if self._joined is not None and x.shape[-2] <= FEW_TOKENS:
+        if self._joined is not None and not self.training and x.shape[-2] <= FEW_TOKENS:
             if self._joined.holds(self.gate, self.up):
                 return self.down(self.dropout(self._inner(*mx.split(self._joined(x), 2, axis=-1))))
             self._joined = None  # somebody has other weights now

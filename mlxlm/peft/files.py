@@ -131,6 +131,13 @@ def save_adapter(
     write_json_atomic(folder / "adapter_config.json", values)
 
 
+def check_layout(model: Transformer, layout: str | None = None) -> None:
+    """Raise UsageError where `save_adapter` would, for the active adapter: before it is trained, not after."""
+    if layout is not None and layout not in LAYOUTS:
+        raise UsageError(f"unknown adapter layout {layout!r}{nearest(layout, LAYOUTS)}")
+    _written(model, content_of(model), layout)
+
+
 def _written(model: Transformer, adapter: Adapter, layout: str | None) -> tuple[str, dict[str, Any], Any]:
     """Layout, config and tensors of an adapter, in the layout asked for or the first that has a form for it."""
     for one in LAYOUTS if layout is None else [layout]:

@@ -57,6 +57,10 @@ class Adapted(nn.Module):
             y = part.add(x, y, self.base, weight)
         return y
 
+    def join(self) -> None:
+        """Join the projections of the base, where it has some, see `mlxlm.layers.joined`."""
+        self.base.join()
+
 
 class AdaptedEmbedding(Adapted):
     """An `Adapted` token table; as the output matrix of a tied head it stays what it was, as in other libraries."""

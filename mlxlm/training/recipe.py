@@ -36,7 +36,7 @@ from mlxlm.training.reporters import Reporter
 from mlxlm.training.settings import TrainSettings
 from mlxlm.training.tasks import WordLoss
 from mlxlm.training.trainer import Trainer
-from mlxlm.training.yaml_files import read_yaml
+from mlxlm.training.yaml_files import of_type, read_yaml, unknown_keys
 
 SECTIONS = ("model", "tokenizer", "data", "objective", "training", "output", "memory", "loss_chunk")
 MEMORY = ("check", "auto", "off")
@@ -213,7 +213,7 @@ def override(values: Mapping[str, Any], changes: Iterable[tuple[str, Any]]) -> d
 def check(values: Mapping[str, Any]) -> Recipe:
     """The recipe of these values. Raises ConfigError that lists everything that is wrong with them."""
     values = copy.deepcopy(dict(values))
-    problems = _unknown("", values, SECTIONS)
+    problems = unknown_keys("", values, SECTIONS)
     for name in SECTIONS[:6]:
         if values.get(name) is None:
             problems.append(f"{name} is missing")
@@ -262,7 +262,7 @@ def _model(given: Any, problems: list[str]) -> tuple[dict[str, Any], Transformer
 
 
 def _check_data(data: dict[str, Any], problems: list[str]) -> None:
-    problems += _unknown("data.", data, _DATA)
+    problems += unknown_keys("data.", data, _DATA)
     defaults = {"valid": None, "valid_fraction": 0.0, "cache": None, "seed": 0, "processes": None}
     for name, value in defaults.items():
         data.setdefault(name, value)
@@ -302,18 +302,18 @@ def _check_objective(objective: dict[str, Any], problems: list[str]) -> None:
     names = [name for name in names if not name.endswith("_id") and name not in _FROM_TOKENIZER]
     arguments = inspect.signature(kind.from_tokenizer).parameters.values()
     names += [one.name for one in arguments if one.kind is one.KEYWORD_ONLY and one.name not in names]
-    problems += _unknown("objective.", objective, ["name", *names])
+    problems += unknown_keys("objective.", objective, ["name", *names])
 
 
 def _settings(given: dict[str, Any], problems: list[str]) -> TrainSettings | None:
     fields = {field.name: field for field in dataclasses.fields(TrainSettings)}
     before = len(problems)
-    problems += _unknown("training.", given, fields)
+    problems += unknown_keys("training.", given, fields)
     if "steps" not in given:
         problems.append("training.steps is missing")
     for name, value in given.items():
         kind = str(fields[name].type) if name in fields else ""
-        if kind and not _is_of(value, kind):
+        if kind and not of_type(value, kind):
             problems.append(f"training.{name} is {value!r}; expected {kind.replace('None', 'null')}")
     if len(problems) > before:
         return None
@@ -324,26 +324,8 @@ def _settings(given: dict[str, Any], problems: list[str]) -> TrainSettings | Non
         return None
 
 
-def _is_of(value: Any, kind: str) -> bool:
-    """Whether a value is of an annotated type, such as "float | None"."""
-    if value is None:
-        return "None" in kind
-    if isinstance(value, bool) or "bool" in kind:
-        return isinstance(value, bool) and "bool" in kind
-    if "tuple" in kind:
-        return isinstance(value, (list, tuple)) and all(_is_of(one, "float") for one in value)
-    if "float" in kind:
-        return isinstance(value, (int, float))
-    return isinstance(value, int if "int" in kind else str)
-
-
 def _whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _unknown(prefix: str, values: Mapping[Any, Any], names: Iterable[str]) -> list[str]:
-    names = list(names)
-    return [f"unknown key {f'{prefix}{name}'!r}{nearest(str(name), names)}" for name in values if name not in names]
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

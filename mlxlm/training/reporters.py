@@ -12,6 +12,9 @@ from typing import Any, TextIO
 from mlxlm.checkpoint import write_bytes_atomic
 from mlxlm.errors import TrainingError
 
+# What every evaluation has; anything else is a measure of the run's own.
+_OF_EVALUATIONS = ("step", "valid_loss", "perplexity", "count")
+
 
 class Reporter:
     """Base of all reporters; does nothing.
@@ -128,9 +131,11 @@ class Console(Reporter):
 
     def on_evaluation(self, metrics: dict[str, Any]) -> None:
         """A line of its own."""
+        own = {name: value for name, value in metrics.items() if name not in _OF_EVALUATIONS}
+        more = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in own.items())
         self._say(
             f"step {metrics['step']}  validation loss {metrics['valid_loss']:.4f}  "
-            f"perplexity {metrics['perplexity']:.4g}"
+            + (more or f"perplexity {metrics['perplexity']:.4g}")
         )
 
     def on_message(self, text: str) -> None:

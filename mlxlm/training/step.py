@@ -60,7 +60,7 @@ class Step:
         trained = dict(tree_flatten(model.trainable_parameters()))
         if not trained:
             raise UsageError("nothing to train: all parameters of this model are frozen")
-        self.dtype = _DTYPES[settings.dtype] if settings.dtype else _dtype_of(model)
+        self.dtype = _DTYPES[settings.dtype] if settings.dtype else dtype_of(model)
         keep = mx.float32 if settings.master_weights else self.dtype
         trained = {name: array.astype(keep) for name, array in trained.items()}
         self._convert_frozen(trained)
@@ -246,7 +246,7 @@ def _square_sum(arrays: list[mx.array]) -> mx.array:
     return total
 
 
-def _dtype_of(model: Transformer) -> mx.Dtype:
+def dtype_of(model: Transformer) -> mx.Dtype:
     """The floating dtype of most of a model's values; scales of quantized weights stand for what they are."""
     sizes: dict[mx.Dtype, int] = {}
     for _, array in tree_flatten(model.parameters()):

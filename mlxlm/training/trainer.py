@@ -94,7 +94,8 @@ class Trainer:
     model: its trainable parameters are updated, whatever chose them.  task: the loss.  source: gives batches, see
     `mlxlm.data`.  folder: for checkpoints and metrics, None to keep nothing.  valid: makes a fresh source over the
     whole validation data.  reporters: are told what happens.  save_model: called at the end with the folder
-    `folder/model`, with the (averaged) weights in the model.  config: goes into checkpoints as it is.
+    `folder/model`, with the (averaged) weights in the model.  measure: further numbers of each evaluation, by name, of
+    the weights in the model.  config: goes into checkpoints as it is.
     """
 
     def __init__(
@@ -108,11 +109,13 @@ class Trainer:
         valid: Callable[[], Any] | None = None,
         reporters: Sequence[Reporter] = (),
         save_model: Callable[[Path], None] | None = None,
+        measure: Callable[[], dict[str, float]] | None = None,
         config: dict[str, Any] | None = None,
     ):
         self.model, self.source, self.settings, self.valid = model, source, settings, valid
         self.folder = None if folder is None else Path(folder)
         self.reporters, self.save_model, self.config = list(reporters), save_model, config or {}
+        self.measure = measure
         self.progress = Progress()
         self.checkpoints = None if self.folder is None else Checkpoints(self.folder, settings.keep_last)
         if settings.patience and (valid is None or not settings.evaluate_every):
@@ -274,10 +277,8 @@ class Trainer:
         started, progress = time.perf_counter(), self.progress
         result = self.evaluate()
         progress.evaluated = progress.step
-        self._tell(
-            "on_evaluation",
-            {"step": progress.step, "valid_loss": result.loss, "perplexity": result.perplexity, "count": result.count},
-        )
+        metrics = {"valid_loss": result.loss, "perplexity": result.perplexity, "count": result.count}
+        self._tell("on_evaluation", {"step": progress.step, **metrics, **self._own_measures()})
         if progress.best is None or result.loss < progress.best:
             progress.best, progress.best_step, progress.stale = result.loss, progress.step, 0
             if self.checkpoints is not None and self._save():
@@ -286,6 +287,16 @@ class Trainer:
             progress.stale += 1
         self._clock.paused += time.perf_counter() - started
         return bool(self.settings.patience) and progress.stale >= self.settings.patience
+
+    def _own_measures(self) -> dict[str, float]:
+        """What `measure` gives for the (averaged) weights."""
+        if self.measure is None:
+            return {}
+        self.step.give_back(averaged=True)
+        try:
+            return self.measure()
+        finally:
+            self.step.give_back()
 
     def _save(self, final: bool = False) -> bool:
         """Write a checkpoint. A disk that refuses ends the run only at its end; before, the next one may succeed."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mlxlm.errors import ConfigError, UsageError
+from mlxlm.errors import ConfigError, UsageError, nearest
 
 
 class _Loader(yaml.SafeLoader):
@@ -56,3 +57,22 @@ def parse_override(text: str) -> tuple[str, Any]:
         return name.strip(), yaml.load(value, _Loader)
     except yaml.YAMLError:
         raise UsageError(f"--set {text!r}: the value is not YAML") from None
+
+
+def unknown_keys(prefix: str, values: Mapping[Any, Any], names: Iterable[str]) -> list[str]:
+    """A sentence for each key that is none of the names, with the nearest one.  prefix: of the keys, for people."""
+    names = list(names)
+    return [f"unknown key {f'{prefix}{name}'!r}{nearest(str(name), names)}" for name in values if name not in names]
+
+
+def of_type(value: Any, kind: str) -> bool:
+    """Whether a value is of an annotated type, such as "float | None"."""
+    if value is None:
+        return "None" in kind
+    if isinstance(value, bool) or "bool" in kind:
+        return isinstance(value, bool) and "bool" in kind
+    if "tuple" in kind:
+        return isinstance(value, (list, tuple)) and all(of_type(one, "float") for one in value)
+    if "float" in kind:
+        return isinstance(value, (int, float))
+    return isinstance(value, int if "int" in kind else str)

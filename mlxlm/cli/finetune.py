@@ -1,0 +1,98 @@
+"""`mlxlm finetune`: teach a model by examples, with any method."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlxlm.cli import options as opt
+from mlxlm.cli.finetune_flags import with_flags
+from mlxlm.errors import UsageError
+
+if TYPE_CHECKING:
+    from mlxlm.training.finetune import Outcome
+
+
+@with_flags
+def finetune(
+    model: opt.ModelOrShipped = None,
+    adapter_path: Annotated[
+        str | None, typer.Option("--adapter-path", metavar="FOLDER", help="Where the result goes, default adapters.")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", "-c", metavar="FILE", help="YAML with the same names; flags win.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder, exactly.")] = False,
+    train: Annotated[bool, typer.Option("--train", help="No effect: training is what this does.", hidden=True)] = True,
+    **flags: Any,
+) -> None:
+    """Fine-tune a model on rows of examples and show what it learned.
+
+    Rows are {"prompt", "completion"}, {"messages"}, {"text"}, {"text", "label"}, {"tokens", "labels"} or
+    {"source", "target"}. Labels give the model a classification head. The result works with `--adapter-path` of the
+    other commands.
+    Ctrl-C saves a checkpoint; --resume goes on from there.
+    """
+    given = {"model": model, "adapter_path": adapter_path, **flags}
+    given = {name: value for name, value in given.items() if value is not None}
+    outcome = _run(given, config, resume)
+    if outcome.stopped:
+        print(
+            f"{outcome.result.reason} after step {outcome.result.step}; the checkpoint is saved. Go on: "
+            f"mlxlm finetune --resume --adapter-path {outcome.settings.adapter_path}",
+            file=sys.stderr,
+        )
+        raise typer.Exit(128 + signal.Signals[outcome.result.reason])
+    from mlxlm.cli.finetune_table import show
+
+    show(outcome)
+
+
+def _run(given: dict[str, Any], config: str | None, resume: bool) -> Outcome:
+    """The run that flags and file ask for, done."""
+    from mlxlm.training import Console, MetricsFile
+    from mlxlm.training.finetune import FinetuneSettings
+    from mlxlm.training.finetune import finetune as run
+    from mlxlm.training.finetune.run import SETTINGS
+    from mlxlm.training.tracking import reporter
+    from mlxlm.training.yaml_files import read_yaml
+
+    values: dict[str, Any] = {}
+    if config is None and resume:
+        folder = Path(given.get("adapter_path", "adapters")).expanduser()
+        if not (folder / SETTINGS).is_file():
+            raise UsageError(f"{folder} holds no run to resume: there is no {SETTINGS}")
+        values = read_yaml(folder / SETTINGS, "expected the settings of a run")
+    elif config is not None:
+        values = read_yaml(config, "expected settings such as `learning_rate: 1e-4`")
+    settings = FinetuneSettings.from_json(_merged(values, given))
+    outside = [reporter(name, settings.folder) for name in settings.report_to]
+    return run(
+        settings, [Console(), MetricsFile(settings.folder), *outside], resume=resume,
+        say=lambda text: print(text, file=sys.stderr, flush=True),
+    )  # fmt: skip
+
+
+def _merged(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The values of a file with those of flags over them."""
+    from mlxlm.training.yaml_files import parse_override
+
+    values = {str(name).replace("-", "_"): value for name, value in values.items()}
+    if "data" not in given and "data" not in values:
+        raise UsageError("--data is needed: a folder with train.jsonl, a file, or a hub data set")
+    of_method = dict(parse_override(text) for text in given.pop("set", ()))
+    if "iters" in given:
+        values.pop("epochs", None)
+    if "epochs" in given:
+        values.pop("iters", None)
+    if "mask_prompt" in given:
+        values.pop("loss_on", None)
+    values = {**values, **given}
+    if of_method:
+        values["set"] = {**(values.get("set") or {}), **of_method}
+    values.setdefault("model", opt.shipped_model())
+    return values

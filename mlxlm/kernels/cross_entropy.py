@@ -5,8 +5,9 @@ times. Here a chunk of the head is multiplied with all tokens, reduced to one nu
 backward pass computes it again. Chunks of the vocabulary rather than of the tokens: the head is read once, and the
 gradient of its weight comes out chunk by chunk instead of being summed up in a float32 copy of the head.
 
-A head that does not learn needs no second computation: a chunk of the tokens has all of their logits, so the gradient
-of their hidden states can be made at once with their loss (`one_pass`): two products with the head instead of three.
+Where the gradient is sure to be asked for, nothing need be computed twice (`one_pass`): a chunk of the tokens has all
+of their logits, so the gradients can be made at once with their loss: two products with the head instead of three, or
+three instead of four when the head learns. Its gradient is then a sum over the chunks, which pays if they are large.
 
 Shapes: N tokens, D features, V words, C words of a chunk, R tokens of a chunk.
 """
@@ -29,6 +30,10 @@ Reduction = Literal["mean", "sum", "none"]
 _REDUCTIONS = ("mean", "sum", "none")
 _CHUNK_BYTES = {"cpu": 32 * 1024**2}  # of one chunk's float32 logits
 _GPU_CHUNK_BYTES = 256 * 1024**2
+# Tokens of a chunk from which on adding a gradient of the head costs less than computing the logits again: 2 * R
+# operations an element against 12 bytes, at 600 TFLOP/s and 3 TB/s, or on a CPU. On GPUs the default chunk has as many.
+_PAYING_ROWS = {"cpu": 32}
+_GPU_PAYING_ROWS = 2048
 _MAX_CHUNKS = 64  # bounds the unrolled graph
 _CHUNK_MULTIPLE = 64
 
@@ -85,15 +90,13 @@ def fused_linear_cross_entropy(
     weight_gradient: False when the head is frozen, which saves its gradient's matrix product and memory.
     shard: when weight and bias have the rows of some words only; targets stay words of the whole vocabulary. The
     gradient of hidden is then that by the words here: what the other processes have is to be added.
-    one_pass: of a frozen head and bias, compute the gradient of hidden together with the loss; a third less work where
-    the gradient is asked for, as in a training step, and more where it isn't.
+    one_pass: compute the gradients together with the loss, where that pays: less work when they are asked for, as in a
+    training step, and more when they aren't. With reduction "none" for a frozen head without bias only.
     chunk: words at once, default by a memory budget of the device; in one pass as many logits, of fewer tokens.
 
     Returns float32. Differentiable in hidden, weight and bias. Raises UsageError for arguments that don't fit.
     """
     _check(hidden, weight, targets, bias, softcap, label_smoothing, chunk, reduction)
-    if one_pass and isinstance(weight, mx.array) and weight_gradient:
-        raise UsageError("one_pass is for a frozen head: it goes with weight_gradient=False")
     if one_pass and shard is not None:
         raise UsageError("one_pass needs all words at once, and a shard has some of them")
     vocabulary = weight.scales.shape[0] if isinstance(weight, QuantizedWeight) else weight.shape[0]
@@ -112,13 +115,18 @@ def fused_linear_cross_entropy(
     )
     counted = flat_targets != ignore_index
     inputs = {"hidden": hidden.reshape(-1, hidden.shape[-1])}
-    if one_pass:
-        losses = mx.where(counted, head.losses_in_one_pass(inputs["hidden"], bias), 0.0)
-        return _reduced(losses, counted, targets.shape, reduction)
     if head.weight is None:
         inputs["weight"] = weight
     if bias is not None:
         inputs["bias"] = bias
+    if one_pass and reduction == "none" and len(inputs) > 1:
+        raise UsageError("one_pass without a reduction is for a frozen head that has no bias")
+    rows = one_pass_rows(flat_targets.size, vocabulary, chunk, trained=head.weight is None) if one_pass else 0
+    if rows:
+        if reduction != "none":
+            total = head.total_in_one_pass(inputs, counted, rows)
+            return total if reduction == "sum" else total / mx.maximum(counted.sum(), 1)
+        return mx.where(counted, head.losses_in_one_pass(inputs, rows), 0.0).reshape(targets.shape)
 
     @mx.custom_function
     def run(inputs: Arrays) -> list[mx.array]:
@@ -129,14 +137,11 @@ def fused_linear_cross_entropy(
         # The log-sum-exp is an output only to be kept for this pass, so it has no cotangent.
         return head.gradients(inputs, mx.where(counted, cotangents[0], 0.0), outputs[1])
 
-    return _reduced(mx.where(counted, run(inputs)[0], 0.0), counted, targets.shape, reduction)
-
-
-def _reduced(losses_N: mx.array, counted_N: mx.array, shape: tuple[int, ...], reduction: Reduction) -> mx.array:
+    losses = mx.where(counted, run(inputs)[0], 0.0)
     if reduction == "none":
-        return losses_N.reshape(shape)
-    total = losses_N.sum()
-    return total if reduction == "sum" else total / mx.maximum(counted_N.sum(), 1)
+        return losses.reshape(targets.shape)
+    total = losses.sum()
+    return total if reduction == "sum" else total / mx.maximum(counted.sum(), 1)
 
 
 def token_log_probabilities(
@@ -280,13 +285,13 @@ class _Head:
         joined = {name: mx.concatenate(chunks) for name, chunks in parts.items()}
         return {"hidden": hidden_gradient_ND.astype(inputs["hidden"].dtype)} | joined
 
-    def losses_in_one_pass(self, hidden_ND: mx.array, bias_V: mx.array | None) -> mx.array:
-        """Losses (N,), whose gradient is made with them; that of an ignored token is meaningless."""
-        fixed = {} if bias_V is None else {"bias": mx.stop_gradient(bias_V)}
+    def losses_in_one_pass(self, inputs: Arrays, rows: int) -> mx.array:
+        """Losses (N,), whose gradient by hidden is made with them; that of an ignored token is meaningless."""
 
         @mx.custom_function
         def run(hidden_ND: mx.array) -> list[mx.array]:
-            return self._losses_and_gradient(fixed | {"hidden": hidden_ND})
+            losses_N, gradients = self._losses_and_gradients({"hidden": hidden_ND}, rows)
+            return [losses_N, gradients["hidden"]]
 
         @run.vjp
         def run_vjp(hidden_ND: mx.array, cotangents: Sequence[mx.array], outputs: Sequence[mx.array]) -> mx.array:
@@ -294,39 +299,74 @@ class _Head:
             cotangent_N1 = cotangents[0][:, None]
             return mx.where(cotangent_N1 == 0, 0.0, cotangent_N1 * outputs[1]).astype(hidden_ND.dtype)
 
-        return run(hidden_ND)[0]
+        return run(inputs["hidden"])[0]
 
-    def _losses_and_gradient(self, inputs: Arrays) -> list[mx.array]:
-        """Losses (N,), and their derivatives by the hidden states (N, D) in the dtype of the products."""
+    def total_in_one_pass(self, inputs: Arrays, counted_N: mx.array, rows: int) -> mx.array:
+        """The sum of the counted losses, whose gradients by all inputs are made with it."""
+        names = list(inputs)
+
+        @mx.custom_function
+        def run(inputs: Arrays) -> list[mx.array]:
+            losses_N, gradients = self._losses_and_gradients(inputs, rows, counted_N)
+            return [mx.where(counted_N, losses_N, 0.0).sum(), *(gradients[name] for name in names)]
+
+        @run.vjp
+        def run_vjp(inputs: Arrays, cotangents: Sequence[mx.array], outputs: Sequence[mx.array]) -> Arrays:
+            made = dict(zip(names, outputs[1:], strict=True))
+            return {name: (cotangents[0] * made[name]).astype(array.dtype) for name, array in inputs.items()}
+
+        return run(inputs)[0]
+
+    def _losses_and_gradients(
+        self, inputs: Arrays, rows: int, counted_N: mx.array | None = None
+    ) -> tuple[mx.array, Arrays]:
+        """Losses (N,) and the derivatives of their sum by hidden (N, D), and by weight and bias where counted is given.
+
+        counted_N: tokens that count; gradients of the others are 0.
+        """
         state, words = self._state(inputs), self.chunks[-1][1]
-        share, whole, losses, gradients = self.label_smoothing, (0, words), [], []
-        chunk = self.chunks[0][1] - self.chunks[0][0]
-        rows = min(max(chunk * self.targets.size // words, 1), self.targets.size)
-        rows = max(rows, -(-self.targets.size // _MAX_CHUNKS))
+        whole, losses, parts, sums = (0, words), [], [], {}
+        learned = [] if counted_N is None else [name for name in ("weight", "bias") if name in inputs]
         for start in range(0, self.targets.size, rows):
-            part = state | {"hidden": state["hidden"][start : start + rows]}
-            logits_RV, capped_RV = self._logits(part, whole)
-            column_R, here_R = self._columns(state["targets"][start : start + rows], whole)
-            log_sum_R = log_sum_exp(logits_RV)
-            own_R = mx.take_along_axis(logits_RV, column_R[:, None], axis=1).squeeze(1)
-            loss_R = log_sum_R - (1.0 - share) * own_R
-            gradient_RV = exp(logits_RV - log_sum_R[:, None])
-            if self.z_loss:
-                loss_R = loss_R + self.z_loss * log_sum_R * log_sum_R
-                gradient_RV = gradient_RV * (1.0 + (2.0 * self.z_loss) * log_sum_R[:, None])
-            if share > 0.0:
-                loss_R = loss_R - (share / words) * logits_RV.sum(-1)
-                gradient_RV = gradient_RV - share / words
-            is_own_RV = mx.arange(words) == column_R[:, None]
-            gradient_RV = gradient_RV - mx.where(is_own_RV, 1.0 - share, 0.0)
-            if capped_RV is not None:
-                gradient_RV = gradient_RV * (1.0 - capped_RV * capped_RV)
-            if self.scale != 1.0:
-                gradient_RV = gradient_RV * self.scale
-            losses.append(mx.where(here_R, loss_R, mx.nan))
-            gradients.append(self._back_to_hidden(state, gradient_RV.astype(self.dtype), whole).astype(self.dtype))
-            state = _after(state, [losses[-1], gradients[-1]])
-        return [mx.concatenate(losses), mx.concatenate(gradients)]
+            hidden_RD = state["hidden"][start : start + rows]
+            targets_R = state["targets"][start : start + rows]
+            loss_R, gradient_RV = self._losses_by_logits(state | {"hidden": hidden_RD}, targets_R, whole)
+            if counted_N is not None:
+                gradient_RV = mx.where(counted_N[start : start + rows, None], gradient_RV, 0.0)
+            shares = {"bias": gradient_RV.sum(0)} if "bias" in learned else {}
+            gradient_RV = gradient_RV.astype(self.dtype)
+            if "weight" in learned:
+                shares["weight"] = gradient_RV.T @ hidden_RD
+            for name, share in shares.items():
+                # A single chunk's share is the gradient; several are added in float32.
+                sums[name] = sums[name].astype(mx.float32) + share if name in sums else share
+            losses.append(loss_R)
+            parts.append(self._back_to_hidden(state, gradient_RV, whole).astype(self.dtype))
+            state = _after(state, [losses[-1], parts[-1], *sums.values()])
+        return mx.concatenate(losses), {"hidden": mx.concatenate(parts)} | sums
+
+    def _losses_by_logits(self, part: Arrays, targets_R: mx.array, whole: tuple[int, int]) -> tuple[mx.array, mx.array]:
+        """Losses (R,) of some tokens, and their derivatives by the products of hidden and head (R, V), float32."""
+        logits_RV, capped_RV = self._logits(part, whole)
+        column_R, here_R = self._columns(targets_R, whole)
+        share, words = self.label_smoothing, whole[1]
+        log_sum_R = log_sum_exp(logits_RV)
+        own_R = mx.take_along_axis(logits_RV, column_R[:, None], axis=1).squeeze(1)
+        loss_R = log_sum_R - (1.0 - share) * own_R
+        gradient_RV = exp(logits_RV - log_sum_R[:, None])
+        if self.z_loss:
+            loss_R = loss_R + self.z_loss * log_sum_R * log_sum_R
+            gradient_RV = gradient_RV * (1.0 + (2.0 * self.z_loss) * log_sum_R[:, None])
+        if share > 0.0:
+            loss_R = loss_R - (share / words) * logits_RV.sum(-1)
+            gradient_RV = gradient_RV - share / words
+        is_own_RV = mx.arange(words) == column_R[:, None]
+        gradient_RV = gradient_RV - mx.where(is_own_RV, 1.0 - share, 0.0)
+        if capped_RV is not None:
+            gradient_RV = gradient_RV * (1.0 - capped_RV * capped_RV)
+        if self.scale != 1.0:
+            gradient_RV = gradient_RV * self.scale
+        return mx.where(here_R, loss_R, mx.nan), gradient_RV
 
     def _state(self, inputs: Arrays) -> Arrays:
         """All arrays that a chunk reads, so that they can be tied to the chunk before."""
@@ -423,7 +463,23 @@ def _check(
         raise UsageError(f"unknown reduction {reduction!r}{nearest(reduction, _REDUCTIONS)}")
 
 
-def default_chunk(tokens: int, vocabulary: int) -> int:
-    """Words of a chunk that `fused_linear_cross_entropy` takes for N tokens by itself, for memory plans."""
+def one_pass_rows(tokens: int, vocabulary: int, chunk: int | None, *, trained: bool) -> int:
+    """Tokens of a chunk of one pass, or 0 where two passes are faster: when few tokens each add to a head that learns.
+
+    chunk: as `fused_linear_cross_entropy` takes it.  trained: whether the head learns.
+    """
+    pays = _PAYING_ROWS.get(runtime.backend(), _GPU_PAYING_ROWS)
+    words = chunk or default_chunk(tokens, vocabulary, trained=trained)
+    rows = min(max(words * tokens // vocabulary, 1, -(-tokens // _MAX_CHUNKS)), tokens)
+    return rows if not trained or rows >= min(pays, tokens) else 0
+
+
+def default_chunk(tokens: int, vocabulary: int, *, trained: bool = False) -> int:
+    """Words of a chunk that `fused_linear_cross_entropy` takes for N tokens by itself, for memory plans.
+
+    trained: in one pass over a head that learns; on GPUs that has larger chunks.
+    """
     start, stop = _chunks(tokens, vocabulary, None)[0]
-    return stop - start
+    if not trained or runtime.backend() == "cpu":
+        return stop - start
+    return max(stop - start, min(-(-vocabulary * _GPU_PAYING_ROWS // tokens), vocabulary))

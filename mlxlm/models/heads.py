@@ -71,7 +71,6 @@ class Projection(NamedTuple):
     logits = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap), without the tanh when softcap is None.
     hidden (..., dim): after the head's transform.  weight (V, dim), or packed.  trainable: whether weight is to learn.
     shard: when the weight has the rows of some words only, which; None for all of them.
-    learns_bias: whether bias is.
     """
 
     hidden: mx.array
@@ -80,7 +79,6 @@ class Projection(NamedTuple):
     scale: float
     softcap: float | None
     trainable: bool
-    learns_bias: bool
     shard: VocabularyShard | None = None
 
 
@@ -128,8 +126,7 @@ class LanguageModelHead(nn.Module):
             hidden = self.transform(hidden)
         bias = self.get("bias") if self.spec.tied else layer.get("bias")
         trainable = "weight" in layer.trainable_parameters() and isinstance(weight, mx.array)
-        learns_bias = "bias" in (self if self.spec.tied else layer).trainable_parameters()
-        return Projection(hidden, weight, bias, self.spec.scale, self.spec.softcap, trainable, learns_bias)
+        return Projection(hidden, weight, bias, self.spec.scale, self.spec.softcap, trainable)
 
 
 @dataclass(frozen=True, kw_only=True)

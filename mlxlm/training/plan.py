@@ -141,7 +141,7 @@ def _loss_bytes(config: TransformerConfig, settings: PlanSettings, full: bool, w
         return 0
     tokens = max(1, int(settings.batch_size * mine.target_length * settings.targets))
     words = config.head.vocab_size
-    chunk = min(settings.chunk or default_chunk(tokens, words), words)
+    chunk = min(settings.chunk or default_chunk(tokens, words, trained=full), words)
     head = config.head.dim * words * width
     gradient = 2 * head if full else 0  # its chunks, then all of them joined
     return 3 * 4 * tokens * chunk + 2 * 4 * tokens * config.dim + gradient

@@ -107,8 +107,8 @@ class WordLoss:
             z_loss=self.z_loss,
             reduction="sum",
             weight_gradient=head.trainable,
-            # In a training step the gradient is sure to be asked for.
-            one_pass=model.training and not (head.trainable or head.learns_bias or head.shard),
+            # In a training step the gradients are sure to be asked for.
+            one_pass=model.training and head.shard is None,
             chunk=self.chunk,
             shard=head.shard,
         )

@@ -136,19 +136,55 @@ def test_a_frozen_head_has_no_gradient_but_the_hidden_states_do():
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("with_bias", [False, True], ids=["no-bias", "bias"])
-def test_one_pass_over_a_frozen_head_matches_the_reference(options, with_bias):
+def test_one_pass_over_a_frozen_head_matches_the_reference(options):
     arrays, targets = problem()
-    fixed = {"weight": arrays["weight"]} | ({"bias": arrays["bias"]} if with_bias else {})
-    hidden = {"hidden": arrays["hidden"]}
+    hidden, fixed = {"hidden": arrays["hidden"]}, {"weight": arrays["weight"]}
     assert_matches_the_reference(hidden, targets, fixed, options, one_pass=True, weight_gradient=False)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("learns", ["head-and-bias", "head", "bias"])
+def test_one_pass_over_a_head_that_learns_matches_the_reference(learns, options, reduction, monkeypatch):
+    monkeypatch.setitem(cross_entropy._PAYING_ROWS, "cpu", 1)
+    arrays, targets = problem()
+    fixed = {"head-and-bias": (), "head": ("bias",), "bias": ("weight",)}[learns]
+    fixed = {name: arrays.pop(name) for name in fixed}
+    if learns == "head":
+        fixed = {}
+
+    def gradients(function, **how):
+        def loss(given):
+            return 3.0 * function(**given, **fixed, targets=targets, reduction=reduction, **options, **how)
+
+        return mx.value_and_grad(loss)(arrays)
+
+    expected = gradients(reference_linear_cross_entropy)
+    for chunk in (14, 50, V):
+        got = gradients(fused_linear_cross_entropy, one_pass=True, weight_gradient=learns != "bias", chunk=chunk)
+        assert got[0].item() == pytest.approx(expected[0].item(), rel=1e-5)
+        for name, gradient in got[1].items():
+            np.testing.assert_allclose(np.array(gradient), np.array(expected[1][name]), rtol=1e-4, atol=2e-5)
+
+
+def test_one_pass_over_a_learning_head_is_two_where_that_is_faster(monkeypatch):
+    rows = cross_entropy.one_pass_rows
+    assert rows(4096, 1000, 500, trained=True) == 2048
+    assert rows(4096, 1000, 5, trained=True) == 64  # no more than 64 chunks
+    assert rows(64, 1000, 100, trained=True) == 0
+    assert rows(64, 1000, 100, trained=False) == 6
+    monkeypatch.setattr(cross_entropy.runtime, "backend", lambda: "cuda")
+    assert rows(8192, 128_256, None, trained=True) == 2048
+    assert rows(8192, 128_256, None, trained=False) == 523
+    assert rows(8192, 128_256, 4096, trained=True) == 0
+    assert rows(512, 128_256, None, trained=True) == 512
 
 
 def test_one_pass_over_a_quantized_head_matches_the_reference():
     arrays, targets = problem()
     head = QuantizedWeight(*mx.quantize(arrays["weight"], group_size=32, bits=8), 32, 8)
-    hidden = {"hidden": arrays["hidden"]}
-    assert_matches_the_reference(hidden, targets, {"weight": head}, OPTIONS["everything"], one_pass=True)
+    hidden, options = {"hidden": arrays["hidden"]}, OPTIONS["everything"]
+    assert_matches_the_reference(hidden, targets, {"weight": head}, options, one_pass=True)
 
 
 def test_one_pass_in_sixteen_bits_as_on_gpus(monkeypatch):
@@ -192,10 +228,14 @@ def test_one_pass_makes_no_more_logits_at_once_than_chunks_of_words(monkeypatch)
     assert max(rows * words for rows, words in shapes) <= 50 * N
 
 
-def test_one_pass_needs_a_frozen_head():
+def test_one_pass_without_a_reduction_is_for_a_frozen_head_without_bias():
     arrays, targets = problem()
-    with pytest.raises(UsageError, match="one_pass is for a frozen head"):
-        fused_linear_cross_entropy(**arrays, targets=targets, one_pass=True)
+    for given in (arrays, {"hidden": arrays["hidden"], "weight": arrays["weight"]}):
+        frozen = "bias" in given
+        with pytest.raises(UsageError, match="one_pass without a reduction is for a frozen head"):
+            fused_linear_cross_entropy(
+                **given, targets=targets, one_pass=True, weight_gradient=not frozen, reduction="none"
+            )
 
 
 def test_reductions_and_shapes():

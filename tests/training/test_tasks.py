@@ -51,7 +51,7 @@ def test_the_loss_is_that_of_the_models_logits(tied, quantized):
 
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
-def test_in_training_a_frozen_head_gives_its_gradient_with_the_loss(frozen, monkeypatch):
+def test_in_training_gradients_are_made_with_the_loss(frozen, monkeypatch):
     asked = []
     kernel = tasks.fused_linear_cross_entropy
     monkeypatch.setattr(
@@ -71,7 +71,7 @@ def test_in_training_a_frozen_head_gives_its_gradient_with_the_loss(frozen, monk
             return WordLoss().loss(model, arrays)[0]
 
         gradients[training] = mx.grad(loss)(model.trainable_parameters())
-    assert asked == [frozen, False]
+    assert asked == [True, False]
     for (name, one), (_, two) in zip(tree_flatten(gradients[True]), tree_flatten(gradients[False]), strict=True):
         np.testing.assert_allclose(np.array(one), np.array(two), rtol=1e-4, atol=1e-5, err_msg=name)
 

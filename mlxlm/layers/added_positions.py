@@ -58,7 +58,8 @@ class SinusoidalPositions(nn.Module):
 class NormalizedPositionsSpec(Spec):
     """Positions scaled to [0, 1], the same value in every feature: p / (length - 1).
 
-    The simplest of encodings, kept for study: how far a step of one token reaches depends on the length, so nothing
+    The simplest of encodings, of no paper of its own, kept for study beside the sinusoids of Vaswani et al. 2017
+    (arXiv:1706.03762): how far a step of one token reaches depends on the length, so nothing
     learned about distances carries over from one length to another.
 
     dim: features.  length: that maps to [0, 1], default the context so far (with a cache it grows from call to call).
@@ -99,7 +100,8 @@ class NormalizedPositions(nn.Module):
 class BinaryPositionsSpec(Spec):
     """The binary digits of the position, lowest first, one a feature: 0.0 or 1.0.
 
-    What sinusoids make smooth: feature i flips every 2^i positions.
+    What the sinusoids of Vaswani et al. 2017 (arXiv:1706.03762) make smooth: feature i flips every 2^i positions. No
+    paper proposes it for Transformers; it is kept for study.
 
     dim: features; positions below 2^dim are told apart.
     """

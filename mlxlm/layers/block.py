@@ -80,7 +80,8 @@ def deepnorm_scales(encoder_layers: int, decoder_layers: int) -> dict[str, tuple
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSpec(Spec):
-    """One layer of a Transformer: attention, cross-attention in a decoder with memory, feed-forward, one by one.
+    """One layer of a Transformer (Vaswani et al. 2017, arXiv:1706.03762): attention, cross-attention in a decoder with
+    memory, feed-forward, one by one.
 
     Each part has a residual connection of its own, which says where the norms are.
     """

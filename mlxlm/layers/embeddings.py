@@ -20,7 +20,8 @@ AddedPositionsSpec = (
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingsSpec(Spec):
-    """norm(scale * token + position + token type), then dropout.
+    """norm(scale * token + position + token type), then dropout (Vaswani et al. 2017, arXiv:1706.03762, section 3.4;
+    token types: Devlin et al. 2018, arXiv:1810.04805).
 
     vocab_size: rows of the token table.  dim: features.  positions: added ones, default none (attention may have its
     own).  num_token_types: rows of the token-type table, default 0.  scale: of the token vectors, default 1.

@@ -111,6 +111,20 @@ def test_two_coordinates_turn_two_parts_of_a_head(layout):
     assert np.array_equal(without[..., 4:], query[..., 4:].astype(np.float32))
 
 
+def test_gradients_turn_back_in_both_coordinates():
+    module, blocks = Rotary2dSpec(dim=4, base=50.0).build(), mx.array([[0, 0, 1, 2, 3]])
+    x, cotangent = normal(1, 2, 5, HEAD), normal(1, 2, 5, HEAD, seed=5)
+
+    def loss(x):
+        turned_key = module.rotate(mx.zeros((1, 1, 5, HEAD)), x, TokenPositions(5, 2, blocks=blocks))[1]
+        return (turned_key * mx.array(cotangent, dtype=mx.float32)).sum()
+
+    found, inverse = np.array(mx.grad(loss)(mx.array(x, dtype=mx.float32))), 50.0 ** (-np.arange(0, 4, 2) / 4)
+    first = turned(cotangent[..., :4], -(2 + np.arange(5))[None], inverse, "half")
+    second = turned(cotangent[..., 4:8], -np.array(blocks), inverse, "half")
+    assert np.abs(found - np.concatenate([first, second, cotangent[..., 8:]], axis=-1)).max() < 2e-5
+
+
 PLAIN = 100.0 ** (-np.arange(0, 8, 2) / 8)
 
 

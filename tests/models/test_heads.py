@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx import nn
 
 import mlxlm
 from mlxlm.errors import ConfigError, UnsupportedModelError
 from mlxlm.layers import LayerNormSpec, Spec
-from mlxlm.models import SequenceHeadSpec, SpanHeadSpec, TokenHeadSpec, TransformSpec, family_of, load_model, pool, save
+from mlxlm.models import (
+    LanguageModelHeadSpec,
+    SequenceHeadSpec,
+    SpanHeadSpec,
+    TokenHeadSpec,
+    TransformSpec,
+    family_of,
+    load_model,
+    pool,
+    save,
+)
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "layers"))
+from finite_differences import assert_module_follows, normal, randomized
 
 LABELS = ("no", "maybe", "yes")
 
@@ -55,6 +71,29 @@ def test_a_head_is_pooling_transform_and_projection(spec, shape, hidden):
         assert x.shape == shape
         assert np.abs(np.array(head(hidden)) - x).max() < 1e-5
         assert Spec.from_json(json.loads(json.dumps(each.to_json()))) == each
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_language_model_head_and_its_gradients_follow_the_formula(tied):
+    """softcap(scale * (norm(gelu(x A + a)) W + b)), of the transform's, the head's and the table's weights."""
+    transform = TransformSpec(dim=4, activation="gelu_tanh", norm=LayerNormSpec(dim=4))
+    spec = LanguageModelHeadSpec(dim=4, vocab_size=6, tied=tied, bias=True, transform=transform, scale=0.7, softcap=1.3)
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head, self.table = spec.build(), nn.Embedding(6, 4)
+
+    def formula(w, x):
+        x = x @ w["head.transform.linear.weight"].T + w["head.transform.linear.bias"]
+        x = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        x = x * w["head.transform.norm.weight"] + w["head.transform.norm.bias"]
+        table, bias = ("table.weight", "head.bias") if tied else ("head.output.weight", "head.output.bias")
+        return 1.3 * np.tanh(0.7 * (x @ w[table].T + w[bias]) / 1.3)
+
+    module = randomized(Both())
+    assert_module_follows(module, lambda m, x: m.head(x, m.table), formula, normal(2, 3, 4))
 
 
 def test_dropout_acts_in_training_alone(hidden):

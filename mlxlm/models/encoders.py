@@ -17,7 +17,7 @@ from mlxlm.models.config import StackSpec, TransformerConfig
 from mlxlm.models.head_config import architecture, parse_task_head, unparse_labels
 from mlxlm.models.heads import HeadSpec, LanguageModelHeadSpec, PoolerSpec, SequenceHeadSpec, TransformSpec
 from mlxlm.models.hub_config import HubConfig, hub_activation
-from mlxlm.models.weights import Rule, drop, rename, under
+from mlxlm.models.weights import Rule, drop, rename, tied_copy, under
 
 
 def parse_encoder(
@@ -141,4 +141,21 @@ def encoder_rules(config: TransformerConfig, base: str) -> tuple[Rule, ...]:
         rename(under(prefixes, layer + "intermediate.dense.{p}"), ours + "feed_forward.up.{p}"),
         rename(under(prefixes, layer + "output.dense.{p}"), ours + "feed_forward.down.{p}"),
         *norm_rules(prefixes, layer + "output.LayerNorm", ours + "feed_forward_residual.norm_after"),
+    )
+
+
+def masked_output_rules(config: TransformerConfig, head: str) -> tuple[Rule, ...]:
+    """The projection of a masked language model's head, whose bias is stored twice.
+
+    head: prefix of the head's weights. Of a tied head the outer bias counts, of another the projection's own;
+    checkpoints of transformers 4 have one and the same under either name.
+    """
+    if config.untied:
+        return (
+            rename((head + "decoder.bias", head + "bias"), "head.output.bias"),
+            rename(head + "decoder.weight", "head.output.weight"),
+        )
+    return (
+        rename((head + "bias", head + "decoder.bias"), "head.bias"),
+        tied_copy(head + "decoder.weight", "embeddings.token.weight"),
     )

@@ -28,11 +28,12 @@ _OTHER_NAMES = {"su": "longrope", "ntk": "dynamic"}
 
 
 def parse_rotary(
-    hub: HubConfig, head_dim: int, *, base: float = 10000.0, partial: float = 1.0, layout: str = "half"
+    hub: HubConfig, head_dim: int, *, base: float = 10000.0, partial: float | None = None, layout: str = "half"
 ) -> RotarySpec:
     """The rotary choice of a config with one kind of rotary positions.
 
-    base, partial: what holds when the config doesn't say (rope theta; the rotated share of a head).
+    base, partial: what holds when the config doesn't say (rope theta; the rotated share of a head). partial None, the
+    default, is for families that rotate whole heads, whatever share a config names: such a share is refused.
     """
     max_length = hub.take("max_position_embeddings", default=None)
     outer = {
@@ -76,7 +77,7 @@ def parse_layered_rotary(
         outer = {"rope_theta": hub.take(older[name], default=None)}
         merged = _merge(outer, scaling if name == scaled else {}, dict(parameters.get(name) or {}))
         result[name] = rotary_from_parameters(
-            merged, head_dim, max_length=max_length, base=base, partial=1.0, layout=layout
+            merged, head_dim, max_length=max_length, base=base, partial=None, layout=layout
         )
     return result
 
@@ -114,7 +115,13 @@ def _merge(outer: dict[str, Any], scaling: dict[str, Any], parameters: dict[str,
 
 
 def rotary_from_parameters(
-    parameters: dict[str, Any], head_dim: int, *, max_length: int | None, base: float, partial: float, layout: str
+    parameters: dict[str, Any],
+    head_dim: int,
+    *,
+    max_length: int | None,
+    base: float,
+    partial: float | None,
+    layout: str,
 ) -> RotarySpec:
     """The rotary choice that one flat set of rope parameters describes. Every key must be known."""
     left = dict(parameters)
@@ -124,7 +131,11 @@ def rotary_from_parameters(
     theta = left.pop("rope_theta", None)
     share = left.pop("partial_rotary_factor", None)
     theta = base if theta is None else float(theta)
-    share = partial if share is None else float(share)
+    if partial is None and share not in (None, 1.0) and name != "proportional":
+        raise UnsupportedModelError(
+            f"config.json: partial_rotary_factor = {share}, but models of this family rotate whole heads"
+        )
+    share = float(share) if share is not None else 1.0 if partial is None else partial
     dim = int(head_dim * share)
     if name not in _TYPES:
         raise UnsupportedModelError(f"config.json: rope type {name!r} is not implemented{nearest(name, _TYPES)}")

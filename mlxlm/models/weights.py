@@ -2,7 +2,8 @@
 
 A family's rules are data: `rename`, `transpose`, `split`, `split_heads`, `permute`, `shift`, `drop`. In a name `{n}`
 stands for a layer's number and `{p}` for what ends a module's tensor names: weight, bias, scales, biases. The first
-rule that fits a name serves. Several names on disk for one tensor are given as a tuple; the first of them is written.
+rule that fits a name serves. Several names on disk for one tensor are given as a tuple: the first of them is written,
+and where a checkpoint has several, the one that comes first counts.
 """
 
 from __future__ import annotations
@@ -43,10 +44,15 @@ class Rule:
 
     def match_hub(self, name: str) -> dict[str, str] | None:
         """The placeholders' values if `name` is this rule's tensor on disk."""
-        for pattern in self.hub:
+        found = self.find_hub(name)
+        return None if found is None else found[1]
+
+    def find_hub(self, name: str) -> tuple[int, dict[str, str]] | None:
+        """`match_hub` and, before it, which of the rule's names it is, counted from 0."""
+        for index, pattern in enumerate(self.hub):
             found = _compiled(pattern).match(name)
             if found:
-                return found.groupdict()
+                return index, found.groupdict()
         return None
 
     def canonical_names(self, values: Mapping[str, str]) -> tuple[str, ...]:
@@ -182,12 +188,17 @@ def to_canonical(rules: Iterable[Rule], tensors: Mapping[str, mx.array]) -> Tran
     """Translate tensors, given by their names on disk; nothing is computed yet."""
     rules = tuple(rules)
     result = Translation({}, {}, [])
+    chosen: dict[tuple[str, ...], int] = {}
     for name, array in tensors.items():
         for rule in rules:
-            values = rule.match_hub(name)
-            if values is not None:
-                parts = rule.split(array, values.get("p", "weight")) if rule.canonical else ()
+            found = rule.find_hub(name)
+            if found is not None:
+                index, values = found
                 names = rule.canonical_names(values)
+                if names and chosen.setdefault(names, index) < index:
+                    break  # under a name that comes first it is here already
+                chosen[names] = index
+                parts = rule.split(array, values.get("p", "weight")) if rule.canonical else ()
                 result.tensors.update(zip(names, parts, strict=True))
                 result.origins.update(dict.fromkeys(names, name))
                 if rule.copy_of is not None:

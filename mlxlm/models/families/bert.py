@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mlxlm.models.config import TransformerConfig
-from mlxlm.models.encoders import encoder_rules, norm_rules, parse_encoder, unparse_encoder
+from mlxlm.models.encoders import encoder_rules, masked_output_rules, norm_rules, parse_encoder, unparse_encoder
 from mlxlm.models.family import Family, Layout
 from mlxlm.models.gguf_dialect import GgufDialect, GgufHeader
 from mlxlm.models.gguf_weights import gguf_rules
@@ -14,7 +14,7 @@ from mlxlm.models.heads import (
     SpanHeadSpec,
 )
 from mlxlm.models.hub_config import HubConfig
-from mlxlm.models.weights import Rule, rename, tied_copy, under
+from mlxlm.models.weights import Rule, rename, under
 
 _TASKS = ("ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
@@ -49,13 +49,7 @@ def rules(config: TransformerConfig, layout: Layout = "hub") -> tuple[Rule, ...]
         heads += (
             rename("cls.predictions.transform.dense.{p}", "head.transform.linear.{p}"),
             *norm_rules(("cls.predictions.transform.",), "LayerNorm", "head.transform.norm"),
-            rename(
-                ("cls.predictions.bias", "cls.predictions.decoder.bias"),
-                "head.output.bias" if config.untied else "head.bias",
-            ),
-            rename("cls.predictions.decoder.weight", "head.output.weight")
-            if config.untied
-            else tied_copy("cls.predictions.decoder.weight", "embeddings.token.weight"),
+            *masked_output_rules(config, "cls.predictions."),
         )
     elif config.head is not None:
         name = "qa_outputs" if isinstance(config.head, SpanHeadSpec) else "classifier"

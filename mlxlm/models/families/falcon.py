@@ -60,9 +60,14 @@ def parse(hub: HubConfig) -> TransformerConfig:
         ),
     }
     num_norms = hub.take("num_ln_in_parallel_attn", default=2 if grouped else 1)
-    if not hub.take("parallel_attn", default=True) and not grouped:
+    parallel = hub.take("parallel_attn", default=True)
+    if grouped and not parallel:
+        raise UnsupportedModelError("config.json: new_decoder_architecture needs parallel_attn")
+    if not parallel:
         residual = ResidualSpec(norm_in=norm, dropout=dropout)
-        block = BlockSpec(**parts, attention_residual=residual, feed_forward_residual=residual)
+        # What attention adds is dropped out at the rate of its probabilities, as in transformers.
+        after_attention = ResidualSpec(norm_in=norm, dropout=parts["attention"].dropout)
+        block = BlockSpec(**parts, attention_residual=after_attention, feed_forward_residual=residual)
     elif num_norms == 2 and not grouped:
         raise UnsupportedModelError("config.json: num_ln_in_parallel_attn = 2 needs new_decoder_architecture")
     else:
@@ -125,7 +130,7 @@ def unparse(config: TransformerConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_length,
         "layer_norm_epsilon": config.stack.norm.eps,
         "attention_dropout": attention.dropout,
-        "hidden_dropout": block.dropout if parallel else block.attention_residual.dropout,
+        "hidden_dropout": block.dropout if parallel else block.feed_forward_residual.dropout,
         **({} if alibi else unparse_rotary(attention.positions, attention.head_dim)),
     }
 

@@ -157,13 +157,23 @@ def rules(config: TransformerConfig, layout: Layout = "hub") -> tuple[Rule, ...]
 
 def parse(hub: HubConfig) -> TransformerConfig:
     """config.json -> configuration."""
-    activation = hub.activation("hidden_activation", "hidden_act", default="gelu_pytorch_tanh")
-    # The first releases say "gelu" and mean its approximation, as every implementation reads it.
-    activation = "gelu_tanh" if activation == "gelu" else activation
-    block = parse_block(hub, activation, num_kv_heads=16, sandwich=False)
+    block = parse_block(hub, _activation(hub), num_kv_heads=16, sandwich=False)
     num_layers = hub.take("num_hidden_layers")
     positions = parse_rotary(hub, block.attention.head_dim)
     return parse_model(hub, _CLASSES, block, (None,) * num_layers, (positions,) * num_layers)
+
+
+def _activation(hub: HubConfig) -> str:
+    """Of two keys, of which transformers 4 prefers one and 5 reads the other."""
+    names = [hub.activation(key, default="gelu") for key in ("hidden_activation", "hidden_act")]
+    # The first releases say "gelu" and mean its approximation, as every implementation reads it.
+    newer, older = ("gelu_tanh" if name == "gelu" else name for name in names)
+    if newer != older and hub.values.get("hidden_activation") and hub.values.get("hidden_act"):
+        raise ConfigError(
+            f"config.json contradicts itself: hidden_activation is {hub.values['hidden_activation']!r} "
+            f"and hidden_act {hub.values['hidden_act']!r}"
+        )
+    return newer if hub.values.get("hidden_activation") else older
 
 
 def unparse(config: TransformerConfig) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def parse(hub: HubConfig) -> TransformerConfig:
         decoder=StackSpec(
             layers=tuple(
                 BlockSpec(
-                    attention=replace(attention, scale=root / (index + 1)) if by_layer else attention,
+                    attention=replace(attention, scale=root / (index + 1)) if by_layer and index else attention,
                     attention_residual=residual,
                     feed_forward=feed_forward,
                     feed_forward_residual=residual,

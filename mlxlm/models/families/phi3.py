@@ -21,7 +21,7 @@ def parse(hub: HubConfig) -> TransformerConfig:
     """config.json -> configuration."""
     window = hub.take("sliding_window", default=None)
     windows = (window,) * hub.take("num_hidden_layers")
-    config = parse_decoder(hub, name="Phi3", windows=windows, eps=1e-5)
+    config = parse_decoder(hub, name="Phi3", windows=windows, eps=1e-5, rotary={"partial": 1.0})
     dropout = hub.take("resid_pdrop", default=0.0)
     hub.note("embd_pdrop")  # in no implementation's forward pass
     residual = replace(config.stack.layers[0].attention_residual, dropout=dropout)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from mlxlm.models.config import TransformerConfig
-from mlxlm.models.encoders import encoder_rules, norm_rules, parse_encoder, unparse_encoder
+from mlxlm.models.encoders import encoder_rules, masked_output_rules, norm_rules, parse_encoder, unparse_encoder
 from mlxlm.models.family import Family, Layout
 from mlxlm.models.heads import SequenceHeadSpec, SpanHeadSpec
 from mlxlm.models.hub_config import HubConfig
-from mlxlm.models.weights import Rule, drop, rename, tied_copy, under
+from mlxlm.models.weights import Rule, rename, under
 
 _TASKS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
@@ -43,11 +43,7 @@ def rules(config: TransformerConfig, layout: Layout = "hub") -> tuple[Rule, ...]
         heads += (
             rename("lm_head.dense.{p}", "head.transform.linear.{p}"),
             *norm_rules(("lm_head.",), "layer_norm", "head.transform.norm"),
-            rename("lm_head.bias", "head.output.bias" if config.untied else "head.bias"),
-            rename("lm_head.decoder.weight", "head.output.weight")
-            if config.untied
-            else tied_copy("lm_head.decoder.weight", "embeddings.token.weight"),
-            drop("lm_head.decoder.bias"),
+            *masked_output_rules(config, "lm_head."),
         )
     elif isinstance(config.head, SequenceHeadSpec):
         heads += (

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxlm.errors import UnsupportedModelError, UsageError, WeightsError
+from mlxlm.errors import UnsupportedModelError, UsageError, WeightsError, listing
 from mlxlm.layers import differences
 from mlxlm.models.config import TransformerConfig
 from mlxlm.models.family import Family
@@ -50,7 +50,7 @@ def gguf_contents(family: Family, config: TransformerConfig, parameters: Mapping
     described = family.read_config(values, dialect.weights)
     unlike = [line for line in differences(config, described) if not _immaterial(line.split(": ")[0], bool(extra))]
     if unlike:
-        raise UsageError(f"the GGUF format can't describe this {family.name}: {'; '.join(unlike)}")
+        raise UsageError(f"the GGUF format can't describe this {family.name}: {listing(unlike, 5)}")
     return GgufContents(metadata, tensors | extra)
 
 

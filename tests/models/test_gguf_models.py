@@ -124,7 +124,7 @@ def test_a_layout_that_is_never_written_is_read_too():
         ("mistral", r"layers\.0\.attention\.window: 5 / None"),
         ("gemma2", r"attention\.scale"),
         ("gpt_neox", r"feed_forward\.activation: gelu_tanh / gelu"),
-        ("gpt2-scaled", r"layers\.0\.attention\.scale"),
+        ("gpt2-scaled", r"layers\.1\.attention\.scale"),
         ("mpt-clipped", r"attention\.scale: 0\.9 / None"),
         ("bloom-normed-residual", "from_normed: True / False"),
         ("llama-dynamic", r"positions\.scaling: Dynamic"),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: opt.Model,
+    model: opt.ModelOrShipped = None,
     data: Annotated[
         str | None,
         typer.Option("--data", metavar="PATH", help="A .jsonl or .txt file, or a folder with test.jsonl."),
@@ -66,6 +66,7 @@ def evaluate(
         raise UsageError("give either --data or --tasks, one of both")
     if limit is not None and limit < 1:
         raise UsageError(f"--limit is {limit}, but must be at least 1")
+    model = model or opt.shipped_model()
     start = time.perf_counter()
     if tasks is not None:
         foreign = {"--split": split, "--stride": stride, "--predictions": predictions}

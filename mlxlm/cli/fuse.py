@@ -12,7 +12,14 @@ from mlxlm.cli import options as opt
 
 def fuse(
     model: opt.Model,
-    adapter_path: Annotated[str, typer.Option("--adapter-path", metavar="FOLDER", help="The adapter to merge.")],
+    adapter_path: Annotated[
+        list[str],
+        typer.Option(
+            "--adapter-path",
+            metavar="FOLDER",
+            help="The adapter to merge; several, as FOLDER=WEIGHT, are added up.",
+        ),
+    ],
     save_path: Annotated[str, typer.Option("--save-path", metavar="FOLDER", help="Where the fused model goes.")],
     requantize: Annotated[
         bool,
@@ -24,7 +31,7 @@ def fuse(
     dtype: opt.Dtype = None,
     revision: opt.Revision = None,
 ) -> None:
-    """Merge an adapter into its model and save the result: an ordinary model with the adapter's answers.
+    """Merge adapters into their model and save the result: an ordinary model with their answers.
 
     Quantizing again loses a part of the adapter's change; the report on stderr says how much of it.
     """

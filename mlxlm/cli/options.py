@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -23,8 +24,12 @@ Model = Annotated[
     str, typer.Option("--model", metavar="PATH_OR_ID", help="A checkpoint directory, a .gguf file or a hub id.")
 ]
 AdapterPath = Annotated[
-    str | None,
-    typer.Option("--adapter-path", metavar="FOLDER", help="An adapter to use with the model (PEFT, mlx-lm, mlxlm)."),
+    list[str] | None,
+    typer.Option(
+        "--adapter-path",
+        metavar="FOLDER",
+        help="An adapter to use (of PEFT, mlx-lm, adapters, mlxlm); several, as FOLDER=WEIGHT, are added up.",
+    ),
 ]
 ModelOrShipped = Annotated[
     str | None,
@@ -72,20 +77,47 @@ def loading(name: str) -> Iterator[None]:
 
 
 def load(
-    model: str, dtype: str | None, revision: str | None, adapter: str | None = None, quantized: bool | None = None
+    model: str,
+    dtype: str | None,
+    revision: str | None,
+    adapters: Sequence[str] | None = None,
+    quantized: bool | None = None,
 ) -> tuple[Transformer, Tokenizer]:
-    """Model and tokenizer, with a sign of life.  adapter: a folder to load on top.  quantized: as for `mlxlm.load`."""
+    """Model and tokenizer, with a sign of life.  adapters: folders to load on top, each with or without =WEIGHT.
+    quantized: as for `mlxlm.load`.
+    """
     from mlxlm.models import find
+
+    weights = adapter_weights(adapters or ())
 
     path = find(model, revision=revision)  # shows progress bars of its own
     with loading(model):
-        if adapter is None:
+        if not weights:
             from mlxlm.models import load as load_checkpoint
 
             return load_checkpoint(path, dtype=dtype, quantized=quantized)
         from mlxlm.peft import load_with_adapter
 
-        return load_with_adapter(path, adapter=adapter, dtype=dtype, quantized=quantized)
+        return load_with_adapter(path, adapter=weights, dtype=dtype, quantized=quantized)
+
+
+def adapter_weights(adapters: Sequence[str]) -> dict[str, float]:
+    """Weights by folder of adapters given as FOLDER or FOLDER=WEIGHT; 1 without. Raises UsageError for one twice."""
+    weights: dict[str, float] = {}
+    for given in adapters:
+        folder, weight = given, 1.0
+        if "=" in given and not Path(given).is_dir():
+            folder, _, number = given.rpartition("=")
+            try:
+                weight = float(number)
+            except ValueError:
+                raise UsageError(f"--adapter-path is FOLDER or FOLDER=WEIGHT, and {number!r} is no number") from None
+            if not math.isfinite(weight):
+                raise UsageError(f"--adapter-path {given!r}: the weight must be a finite number")
+        if folder in weights:
+            raise UsageError(f"--adapter-path names {folder} twice; give it one weight")
+        weights[folder] = weight
+    return weights
 
 
 def parse_logit_bias(text: str | None) -> dict[int, float]:

@@ -81,7 +81,8 @@ def add(model: Transformer, name: str, method: Method, content: Content) -> None
 def activate(model: Transformer, names: str | Mapping[str, float] | None, *, trainable: bool = False) -> None:
     """Make one adapter active, or several with weights, or none; every other one rests.
 
-    names: one name, weights by name (the sum of the weighted changes acts), or None for the bare model.
+    names: one name, weights by name, or None for the bare model. Of several the weighted changes are added up, in the
+    order given where one is of what another gives out (IA3).
     trainable: whether the active ones are trained, and nothing else; default False, all frozen.
     Raises UsageError for an unknown name, and for combinations that have no meaning: weighted virtual tokens.
     """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -76,20 +77,44 @@ def load_adapter(
 
 
 def load_with_adapter(
-    path_or_hub_id: str | Path, *, adapter: str | Path | None = None, **options: Any
+    path_or_hub_id: str | Path,
+    *,
+    adapter: str | Path | Mapping[str | Path, float] | None = None,
+    **options: Any,
 ) -> tuple[Transformer, Tokenizer]:
     """A model in evaluation mode and its tokenizer, as `mlxlm.models.load` gives them.
 
-    adapter: a folder as `load_adapter` takes it; default none. One of a classifier gives the model its head and labels.
-    options: dtype, quantized, revision, offline of
-    `mlxlm.models.load`.
+    adapter: a folder as `load_adapter` takes it, or the weights of several by folder, which act together as `activate`
+    says; default none. One of a classifier gives the model its head and labels.  options: dtype, quantized, revision,
+    offline of `mlxlm.models.load`.
     """
     from mlxlm.models import load
 
-    if adapter is not None:
-        _check_folder(Path(adapter))
+    wanted = {} if adapter is None else adapter if isinstance(adapter, Mapping) else {adapter: 1.0}
+    folders = [Path(folder) for folder in wanted]
+    for folder in folders:
+        _check_folder(folder)
     model, tokenizer = load(path_or_hub_id, **options)
-    return (model if adapter is None else load_adapter(with_task_head(model, adapter), adapter)), tokenizer
+    if not folders:
+        return model, tokenizer
+    for folder in folders:
+        model = with_task_head(model, folder)
+    names = _names(folders)
+    for name, folder in zip(names, folders, strict=True):
+        load_adapter(model, folder, name=name, active=False)
+    activate(model, dict(zip(names, wanted.values(), strict=True)))
+    return model, tokenizer
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """A name for each adapter: "default" for one alone, else that of its folder, with a number where that is taken."""
+    if len(folders) == 1:
+        return ["default"]
+    names: list[str] = []
+    for folder in folders:
+        name = re.sub(r"[^\w-]", "-", folder.resolve().name) or "adapter"
+        names.append(name if name not in names else f"{name}-{len(names) + 1}")
+    return names
 
 
 def _check_folder(folder: Path) -> None:

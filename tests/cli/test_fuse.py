@@ -57,6 +57,17 @@ def test_the_fused_model_answers_as_the_adapter(name, mlxlm_command, tiny_direct
     assert tokenizer.encode("hi") == mlxlm.load(tiny_directory)[1].encode("hi")
 
 
+def test_several_adapters_are_fused_with_their_weights(mlxlm_command, tiny_directory, tmp_path):
+    folders = {tmp_path / "one": 0.5, tmp_path / "two": -2.0}
+    for folder, method in zip(folders, (peft.Lora(rank=2), peft.Lora(rank=3, targets=("all-linear",))), strict=True):
+        with_adapter(tiny_directory, folder, method)
+    expected = np.array(mlxlm.load(tiny_directory, adapter=folders)[0](TOKENS))
+    given = [part for folder, weight in folders.items() for part in ("--adapter-path", f"{folder}={weight}")]
+    status, _, _ = mlxlm_command("fuse", "--model", tiny_directory, *given, "--save-path", tmp_path / "fused")
+    assert status == 0
+    assert np.abs(np.array(mlxlm.load(tmp_path / "fused")[0](TOKENS)) - expected).max() < 2e-5
+
+
 def test_of_a_quantized_model_all_becomes_floats_and_nothing_is_lost(mlxlm_command, quantized_directory, tmp_path):
     expected = with_adapter(quantized_directory, tmp_path / "adapter", peft.Lora(rank=2))
     status, _, err = mlxlm_command(

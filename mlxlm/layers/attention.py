@@ -144,8 +144,7 @@ class Attention(nn.Module):
         first, last = self.spec.num_heads, self.spec.num_heads + self.spec.num_kv_heads
         value = heads[:, last:]
         if isinstance(self.spec.query_norm, NoNormSpec) and isinstance(self.spec.key_norm, NoNormSpec):
-            # Turned together; what is given for the keys is never computed.
-            both, _ = self.positions.rotate(heads[:, :last], heads[:, :0], scope.positions)
+            both = self.positions.turn(heads[:, :last], scope.positions)
             return both[:, :first], both[:, first:], value
         query, key = self.query_norm(heads[:, :first]), self.key_norm(heads[:, first:last])
         return *self.positions.rotate(query, key, scope.positions), value

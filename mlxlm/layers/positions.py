@@ -39,6 +39,9 @@ class TokenPositions:
         self.explicit = explicit
         self.blocks = blocks
         self.context = context
+        # What position encodings made of these positions, by their spec: it is the same in every layer.
+        self.made: dict[Spec, Any] = {}
+        self._of_blocks: TokenPositions | None = None
 
     @property
     def length(self) -> int | mx.array:
@@ -48,6 +51,12 @@ class TokenPositions:
         if isinstance(self.offset, int):
             return max(self.offset + self.num_tokens, self.context)
         return mx.maximum(mx.max(self.offset) + self.num_tokens, self.context)
+
+    def of_blocks(self) -> TokenPositions:
+        """The second coordinates as positions; the same object each time."""
+        if self._of_blocks is None:
+            self._of_blocks = TokenPositions(self.num_tokens, explicit=self.blocks)
+        return self._of_blocks
 
     def array(self) -> mx.array:
         """(1 or B, L) int32."""
@@ -99,7 +108,11 @@ class AttentionPositions(nn.Module):
 
     def rotate(self, query: mx.array, key: mx.array, positions: TokenPositions) -> tuple[mx.array, mx.array]:
         """Query (B, H, L, D) and key (B, Hkv, L, D), turned by their positions."""
-        return query, key
+        return self.turn(query, positions), self.turn(key, positions)
+
+    def turn(self, x: mx.array, positions: TokenPositions) -> mx.array:
+        """Heads x (B, any number, L, D), turned by their positions."""
+        return x
 
     def score_terms(self, query_length: int, key_length: int, offset: int | mx.array) -> dict[str, Any]:
         """Keywords for `mlxlm.kernels.attention` that add to the scores."""
@@ -152,17 +165,27 @@ class Rotary(AttentionPositions):
         self._wavelengths = None if self._inverse is None else 1.0 / self._inverse
         self._factor = spec.scaling.attention_factor
 
-    def rotate(self, query: mx.array, key: mx.array, positions: TokenPositions) -> tuple[mx.array, mx.array]:
-        """See `AttentionPositions.rotate`."""
-        inverse, waves = self._inverse, self._wavelengths
+    def turn(self, x: mx.array, positions: TokenPositions) -> mx.array:
+        """See `AttentionPositions.turn`."""
+        if positions.explicit is None and self._wavelengths is not None:
+            return self._turn_fast(x, self._wavelengths, positions.offset)
+        # All heads of all layers share what follows from the positions.
+        made = positions.made
+        if self.spec not in made:
+            made[self.spec] = self._angles(positions)
+        if positions.explicit is None:
+            return self._turn_fast(x, made[self.spec], positions.offset)
+        return self._turn(x, *made[self.spec])
+
+    def _angles(self, positions: TokenPositions) -> Any:
+        """The wavelengths, or cosines and sines (B, 1, L, dim / 2) where the positions are given one by one."""
+        inverse = self._inverse
         if inverse is None:
             inverse = self.spec.scaling.inverse_frequencies(self.spec.dim, self.spec.base, positions.length)
-            waves = 1.0 / inverse
         if positions.explicit is None:
-            return self._turn_fast(query, waves, positions.offset), self._turn_fast(key, waves, positions.offset)
+            return 1.0 / inverse
         angles = positions.explicit[:, None, :, None].astype(mx.float32) * inverse
-        cos, sin = mx.cos(angles) * self._factor, mx.sin(angles) * self._factor
-        return self._turn(query, cos, sin), self._turn(key, cos, sin)
+        return mx.cos(angles) * self._factor, mx.sin(angles) * self._factor
 
     def _turn_fast(self, x: mx.array, wavelengths: mx.array, offset: int | mx.array) -> mx.array:
         dim = self.spec.dim

@@ -45,15 +45,11 @@ class Rotary2d(AttentionPositions):
         self.spec = spec
         self.rotary: Rotary = spec._one().build()
 
-    def rotate(self, query: mx.array, key: mx.array, positions: TokenPositions) -> tuple[mx.array, mx.array]:
-        """See `AttentionPositions.rotate`."""
+    def turn(self, x: mx.array, positions: TokenPositions) -> mx.array:
+        """See `AttentionPositions.turn`."""
         dim = self.spec.dim
-        first = self.rotary.rotate(query[..., :dim], key[..., :dim], positions)
-        if positions.blocks is None:
-            # Place 0 everywhere: an angle of 0 turns nothing.
-            second = query[..., dim:], key[..., dim:]
-        else:
-            places = TokenPositions(positions.num_tokens, explicit=positions.blocks)
-            second = self.rotary.rotate(query[..., dim:], key[..., dim:], places)
-        query, key = (mx.concatenate(parts, axis=-1) for parts in zip(first, second, strict=True))
-        return query, key
+        first, second = self.rotary.turn(x[..., :dim], positions), x[..., dim:]
+        # Place 0 everywhere is an angle of 0, which turns nothing.
+        if positions.blocks is not None:
+            second = self.rotary.turn(second, positions.of_blocks())
+        return mx.concatenate([first, second], axis=-1)

@@ -1,17 +1,22 @@
 """Using a model: generation, chat, embeddings, filling masks."""
 
+from mlxlm.generation.batching import generate_tokens
 from mlxlm.generation.beam import Beams, Hypothesis, beam_search
 from mlxlm.generation.blanks import BLANKS, Filled, fill_blanks
 from mlxlm.generation.choice import Likelihood, likelihoods
 from mlxlm.generation.classification import Classified, classify, head_labels, label_logits, marked, tag
 from mlxlm.generation.conversation import Conversation
-from mlxlm.generation.decoding import Piece, generate, generate_batch, stream_generate
+from mlxlm.generation.decoding import Piece, batch_generate, generate, stream_generate
 from mlxlm.generation.embedding import POOLINGS, embed
+from mlxlm.generation.engine import Engine, EngineBusyError, EngineStatistics, Handle
 from mlxlm.generation.evaluation import EvaluationSettings, RowScores, as_predictions, evaluate_rows
 from mlxlm.generation.fill_mask import Candidate, fill_mask
 from mlxlm.generation.harness import Requests, harness_model, run_harness
 from mlxlm.generation.label_scores import ClassScores, LabelScores, entities, score_labels
 from mlxlm.generation.perplexity import TextScores, perplexity
+from mlxlm.generation.plan import GenerationPlan, plan_generation
+from mlxlm.generation.prompt_cache import PromptCache, load_prompt_cache, make_prompt_cache, save_prompt_cache
+from mlxlm.generation.requests import Completion, Processor, Request, TokenChoice
 from mlxlm.generation.sampling import Sampling
 from mlxlm.generation.scoring import Score, score_examples
 
@@ -22,19 +27,30 @@ __all__ = [
     "Candidate",
     "ClassScores",
     "Classified",
+    "Completion",
     "Conversation",
+    "Engine",
+    "EngineBusyError",
+    "EngineStatistics",
     "EvaluationSettings",
     "Filled",
+    "GenerationPlan",
+    "Handle",
     "Hypothesis",
     "LabelScores",
     "Likelihood",
     "Piece",
+    "Processor",
+    "PromptCache",
+    "Request",
     "Requests",
     "RowScores",
     "Sampling",
     "Score",
     "TextScores",
+    "TokenChoice",
     "as_predictions",
+    "batch_generate",
     "beam_search",
     "classify",
     "embed",
@@ -43,14 +59,18 @@ __all__ = [
     "fill_blanks",
     "fill_mask",
     "generate",
-    "generate_batch",
+    "generate_tokens",
     "harness_model",
     "head_labels",
     "label_logits",
     "likelihoods",
+    "load_prompt_cache",
+    "make_prompt_cache",
     "marked",
     "perplexity",
+    "plan_generation",
     "run_harness",
+    "save_prompt_cache",
     "score_examples",
     "score_labels",
     "stream_generate",

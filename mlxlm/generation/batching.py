@@ -46,7 +46,12 @@ def generate_tokens(
     """
     requests = list(
         make_requests(
-            prompts, max_tokens=max_tokens, stop_tokens=stop_tokens, sampling=sampling, likelihoods=likelihoods
+            prompts,
+            max_tokens=max_tokens,
+            stop_tokens=stop_tokens,
+            sampling=sampling,
+            likelihoods=likelihoods,
+            samples=samples,
         )
     )
     if samples < 1 or batch_size < 1:
@@ -70,34 +75,38 @@ def make_requests(
     stop_tokens: Iterable[int],
     sampling: Sampling | None,
     likelihoods: int | None = None,
+    samples: int = 1,
 ) -> Iterator[Request]:
-    """One request a prompt. See `generate_tokens`."""
+    """One request a prompt; its seed leaves room for `samples` answers. See `generate_tokens`."""
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
     if len(limits) != len(prompts):
         raise UsageError(f"{len(limits)} numbers of max_tokens for {len(prompts)} prompts")
     sampling, stops = sampling or Sampling(), frozenset(stop_tokens)
-    for prompt, limit in zip(prompts, limits, strict=True):
-        yield Request(
-            tokens=tuple(prompt), max_tokens=limit, stop_tokens=stops, sampling=sampling, likelihoods=likelihoods
-        )
+    for number, (prompt, limit) in enumerate(zip(prompts, limits, strict=True)):
+        own = counted(sampling, number * samples)
+        yield Request(tokens=tuple(prompt), max_tokens=limit, stop_tokens=stops, sampling=own, likelihoods=likelihoods)
 
 
 def run(scheduler: Scheduler, requests: Sequence[Request], samples: int = 1) -> list[Completion]:
-    """Answer requests with a scheduler, `samples` times each; see `generate_tokens`."""
+    """Answer requests with a scheduler, `samples` times each, one after another.
+
+    With several samples the seed of a request is that of its first answer; the next ones count on from it.
+    """
     made: list[list[TokenChoice]] = [[] for _ in range(len(requests) * samples)]
     # Prompts of like length are read and padded together, the longest first: what needs most memory comes at once.
     order = sorted(range(len(requests)), key=lambda index: -len(requests[index].tokens))
     for index in order:
         for first in range(0, samples, scheduler.max_rows):
-            count = min(scheduler.max_rows, samples - first)
-            rows = scheduler.add(requests[index], copies=count)
-            for number, row in enumerate(rows, index * samples + first):
-                row.owner = number
-                seed = row.request.sampling.seed
-                if seed is not None:
-                    counted = replace(row.request.sampling, seed=(seed + number) % 2**64)
-                    row.request = replace(row.request, sampling=counted)
+            copies = min(scheduler.max_rows, samples - first)
+            for number, row in enumerate(scheduler.add(requests[index], copies=copies), first):
+                row.owner = index * samples + number
+                row.request = replace(row.request, sampling=counted(row.request.sampling, number))
     while scheduler.busy:
         for row, choice in scheduler.step():
             made[row.owner].append(choice)
     return [Completion.of(choices) for choices in made]
+
+
+def counted(sampling: Sampling, number: int) -> Sampling:
+    """The sampling of the answer with that number: its seed counts on, where there is one."""
+    return sampling if sampling.seed is None else replace(sampling, seed=(sampling.seed + number) % 2**64)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlxlm.errors import PromptError, UsageError, nearest
+from mlxlm.generation.batching import counted, run
+from mlxlm.generation.requests import Request
 from mlxlm.generation.sampler import Sampler
 from mlxlm.generation.sampling import Sampling, chosen
+from mlxlm.generation.scheduler import Scheduler
 from mlxlm.generation.stepping import decoding_cache
 from mlxlm.generation.steps import check_generates, check_ids, make_steps, room
 from mlxlm.generation.stopping import StopStrings
@@ -232,7 +235,7 @@ def generate(model: Transformer, tokenizer: Tokenizer, prompt: Prompt, **options
     return "".join(piece.text for piece in stream_generate(model, tokenizer, prompt, **options))
 
 
-def generate_batch(
+def batch_generate(
     model: Transformer,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
@@ -243,11 +246,11 @@ def generate_batch(
     sampling: Sampling | None = None,
     **options: Any,
 ) -> list[str]:
-    """The answer to each prompt, in order.
+    """The answer to each prompt, in order; batch_size of them are made at once.
 
-    An encoder-decoder answers batch_size of them at once, prompts of like length together; other models take one
-    after another. A seed is that of the first prompt; the next ones count on from it. Other arguments as for
-    `stream_generate`.
+    Prompts may have any length. In a decoder others join as soon as answers end (see `generate_tokens` for ids and log
+    probabilities); an encoder-decoder takes prompts of like length together. A seed is that of the first prompt; the
+    next ones count on from it. Other arguments as for `stream_generate`.
     """
     if isinstance(prompts, str):
         raise UsageError("prompts is one string; give a list of them, or use generate")
@@ -257,37 +260,41 @@ def generate_batch(
         raise UsageError(f"max_tokens is {max_tokens}, but at least one token must be generated")
     sampling = sampling_of(sampling, options)
     check_generates(model)
-    stops = set(tokenizer.stop_ids) | set(stop_tokens)
+    stops = frozenset(tokenizer.stop_ids) | frozenset(stop_tokens)
     rows = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
-    samplers, limits = [], []
-    for number, row in enumerate(rows):
+    for row in rows:
         check_ids(model, row)
-        own = sampling if sampling.seed is None else replace(sampling, seed=(sampling.seed + number) % 2**64)
-        samplers.append(make_sampler(model, tokenizer, row, own))
-        limits.append(room(model, row, max_tokens))
+    words = min(tokenizer.vocab_size, model.config.embeddings.vocab_size)
+    own = [counted(sampling, number) for number in range(len(rows))]
+    if not model.config.has_memory:
+        requests = [
+            Request(tokens=tuple(row), max_tokens=max_tokens, stop_tokens=stops, sampling=one)
+            for row, one in zip(rows, own, strict=True)
+        ]
+        found = run(Scheduler(model, words, max_rows=batch_size), requests)
+        return [tokenizer.decode(one.answer) for one in found]
+    limits = [room(model, row, max_tokens) for row in rows]
     answers: list[list[int]] = [[] for _ in rows]
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    size = batch_size if model.config.has_memory else 1
-    for first in range(0, len(order), size):
-        batch = order[first : first + size]
-        for index, answer in zip(
-            batch,
-            _answers(model, *([each[i] for i in batch] for each in (rows, samplers, limits)), stops),
-            strict=True,
-        ):
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
+        sampler = Sampler(words)
+        sampler.join([own[i] for i in batch], [[model.config.decoder_start]] * len(batch))
+        made = _answers(model, [rows[i] for i in batch], sampler, [limits[i] for i in batch], stops)
+        for index, answer in zip(batch, made, strict=True):
             answers[index] = answer
     return [tokenizer.decode(answer) for answer in answers]
 
 
 def _answers(
-    model: Transformer, rows: list[list[int]], samplers: list[Sampler], limits: list[int], stops: set[int]
+    model: Transformer, rows: list[list[int]], sampler: Sampler, limits: list[int], stops: frozenset[int]
 ) -> list[list[int]]:
     """Token ids of the answers to a batch of prompts, stop tokens left out. Rows that are done leave the batch."""
     steps = make_steps(model)
     answers: list[list[int]] = [[] for _ in rows]
     logits, active = steps.start(rows), list(range(len(rows)))
     while True:
-        picked = mx.concatenate([samplers[index](logits[i : i + 1]) for i, index in enumerate(active)])
+        picked = sampler(logits)
         left = []
         for i, (index, token) in enumerate(zip(active, picked.tolist(), strict=True)):
             if chosen(token) in stops:
@@ -299,5 +306,6 @@ def _answers(
             return answers
         if len(left) < len(active):
             steps.take(left)
+            sampler.take(left)
             picked, active = picked[mx.array(left)], [active[i] for i in left]
         logits = steps.step(picked)

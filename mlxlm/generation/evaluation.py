@@ -17,7 +17,7 @@ from mlxlm.data import Encoding, Example, Rows, encode_rows
 from mlxlm.errors import UsageError, nearest
 from mlxlm.generation.choice import NORMALIZATIONS, Normalization, answer_example, normalized
 from mlxlm.generation.classification import classify, head_labels, tag
-from mlxlm.generation.decoding import generate_batch
+from mlxlm.generation.decoding import batch_generate
 from mlxlm.generation.label_scores import score_labels
 from mlxlm.generation.perplexity import perplexity
 from mlxlm.generation.scoring import context_limit, score_examples
@@ -179,7 +179,7 @@ def _answers(
         return RowScores(format=rows.format, count=len(rows), values=numbers, notes=notes)
     if len(examples) != len(values):
         raise UsageError(f"{rows.name}: rows without an answer can't be matched; {report}")
-    predicted = generate_batch(
+    predicted = batch_generate(
         model, tokenizer, [_prompt(example) for example in examples],
         max_tokens=settings.max_tokens, batch_size=settings.batch_size,
     )  # fmt: skip

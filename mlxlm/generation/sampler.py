@@ -147,12 +147,17 @@ class Sampler:
         return mx.vmap(lambda key: mx.random.gumbel(shape, key=key))(keys[:, 1])
 
 
-def _bias(sampling: Sampling, vocab_size: int) -> mx.array:
-    """The logit biases of a row, (V,). Raises SamplingError for an id that is none."""
-    bias = mx.zeros((vocab_size,))
+def check_biases(sampling: Sampling, vocab_size: int) -> None:
+    """Raise SamplingError for a logit bias of an id that is none."""
     for token in sampling.logit_bias:
         if not 0 <= token < vocab_size:
             raise SamplingError(f"logit_bias names token {token}, but ids run from 0 to {vocab_size - 1}")
+
+
+def _bias(sampling: Sampling, vocab_size: int) -> mx.array:
+    """The logit biases of a row, (V,)."""
+    check_biases(sampling, vocab_size)
+    bias = mx.zeros((vocab_size,))
     if not sampling.logit_bias:
         return bias
     ids = mx.array(list(sampling.logit_bias))

@@ -13,6 +13,7 @@ from mlxlm.errors import PromptError, UsageError
 from mlxlm.generation.plan import cache_bytes, plan_generation, prefill_chunk, value_bytes
 from mlxlm.generation.requests import Request, TokenChoice
 from mlxlm.generation.rows import Row, Rows
+from mlxlm.generation.sampler import check_biases
 from mlxlm.generation.stepping import Stepping
 from mlxlm.generation.steps import check_generates, check_ids, pad, room
 from mlxlm.layers import Cache, CacheSpec
@@ -79,33 +80,51 @@ class Scheduler:
         self._size = value_bytes(model)
         self._waiting: deque[list[Row]] = deque()
         self._reading: deque[_Reading] = deque()
+        # Rows whose prompts are part of the pass that runs now.
+        self._current: list[Row] = []
         self.rows = Rows(model, words, spec=self.spec, stepping=stepping)
 
     def add(self, request: Request, owner: Any = None, copies: int = 1) -> list[Row]:
         """Ask for an answer, or for several to the same prompt, which is then read once.
 
-        owner: kept in the rows.  Raises PromptError for a prompt that the model can't read, and UsageError for one
-        whose cache alone would be too large.
+        owner: kept in the rows.  Raises what `check` raises.
+        """
+        limit = self.check(request, copies)
+        rows = [Row(request, owner, limit=limit) for _ in range(copies)]
+        self._waiting.append(rows)
+        return rows
+
+    def check(self, request: Request, copies: int = 1) -> int:
+        """Most tokens of the answer to a request. Computes nothing on the device.
+
+        Raises PromptError for a prompt that the model can't read, UsageError for one whose cache alone would be too
+        large, and SamplingError for a bias on tokens that there aren't.
         """
         if copies < 1 or copies > self.max_rows:
             raise UsageError(f"{copies} answers to one prompt; valid are 1 to {self.max_rows}, the rows of a batch")
         if not request.tokens:
             raise PromptError("the prompt is empty: it has no tokens")
         check_ids(self.model, request.tokens)
+        check_biases(request.sampling, self.words)
         limit = room(self.model, request.tokens, request.max_tokens)
-        rows = [Row(request, owner, limit=limit) for _ in range(copies)]
-        needed = copies * self.row_bytes(rows[0].longest)
+        longest = len(request.tokens) + limit
+        needed = copies * self.row_bytes(longest)
         if self.cache_limit is not None and needed > self.cache_limit:
             raise UsageError(
-                f"prompt and answer of up to {rows[0].longest} tokens need {needed / 1e6:.1f} MB of cache, but the "
+                f"prompt and answer of up to {longest} tokens need {needed / 1e6:.1f} MB of cache, but the "
                 f"limit is {self.cache_limit / 1e6:.1f} MB; ask for fewer tokens"
             )
-        self._waiting.append(rows)
-        return rows
+        return limit
 
     def row_bytes(self, length: int) -> int:
         """Bytes of the cache of a row of that length."""
         return cache_bytes(self.model.config, length, spec=self.spec, size=self._size)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the caches of all rows now."""
+        caches = [reading.cache for reading in self._reading if reading.cache is not None]
+        return sum(cache.nbytes for cache in (self.rows.cache, *caches))
 
     @property
     def busy(self) -> bool:
@@ -142,6 +161,14 @@ class Scheduler:
             queue.extend(kept)  # type: ignore[arg-type]
         self.rows.drop([row for row in self.rows.rows if id(row) in gone])
 
+    def abandon(self) -> list[Row]:
+        """Forget all rows that are being read or answered, after an error; returns them. Those that wait stay."""
+        rows = [*self.rows.rows, *self._current, *(row for reading in self._reading for row in reading.rows)]
+        self._reading.clear()
+        self._current = []
+        self.rows.drop(self.rows.rows)
+        return list({id(row): row for row in rows}.values())
+
     def _let_in(self) -> None:
         while self._waiting:
             rows = self._waiting[0]
@@ -169,16 +196,19 @@ class Scheduler:
                 if not other.done and (len(together) + 1) * longest <= self.chunk and longest <= 2 * shortest:
                     together.append(other)
                     self._reading.remove(other)
+        self._current = [row for reading in together for row in reading.rows]
         logits, cache = self._pass(together)
         if cache is None:
             self._reading.append(first)  # to be read on, after the others
+            self._current = []
             return
         counts = [len(reading.rows) for reading in together]
         if max(counts) > 1:
             origin = [i for i, count in enumerate(counts) for _ in range(count)]
             cache.take(origin)
             logits = logits[mx.array(origin)]
-        self.rows.join([row for reading in together for row in reading.rows], cache, logits)
+        self.rows.join(self._current, cache, logits)
+        self._current = []
 
     def _pass(self, together: Sequence[_Reading]) -> tuple[mx.array, Cache | None]:
         """Logits (n, V) behind the prompts and the cache that holds them; no cache while a prompt is not read whole."""

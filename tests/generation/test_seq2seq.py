@@ -12,7 +12,7 @@ import pytest
 
 import mlxlm
 from mlxlm.errors import PromptError, UnsupportedModelError, UsageError
-from mlxlm.generation import Sampling, generate_batch
+from mlxlm.generation import Sampling, batch_generate
 from mlxlm.generation.steps import make_steps
 from mlxlm.models import load_model
 from mlxlm.tokenizers import load_tokenizer
@@ -67,7 +67,7 @@ def test_a_padded_batch_gives_each_prompt_its_own_answer(tiny_seq2seq, temperatu
     model, tokenizer = tiny_seq2seq
     prompts = [PROMPT, "a", "what? me!", "b c", "translate: one"]
     sampling = Sampling(temperature=temperature, seed=3)
-    together = generate_batch(model, tokenizer, prompts, max_tokens=10, batch_size=3, sampling=sampling)
+    together = batch_generate(model, tokenizer, prompts, max_tokens=10, batch_size=3, sampling=sampling)
     alone = [
         mlxlm.generate(model, tokenizer, prompt, max_tokens=10, temperature=temperature, seed=3 + number)
         for number, prompt in enumerate(prompts)
@@ -79,9 +79,9 @@ def test_a_padded_batch_gives_each_prompt_its_own_answer(tiny_seq2seq, temperatu
 def test_answers_of_a_batch_end_each_at_its_own_stop_token(tiny_seq2seq):
     model, tokenizer = tiny_seq2seq
     prompts = [PROMPT, "a", "what? me!", "b c"]
-    whole = generate_batch(model, tokenizer, prompts, max_tokens=12)
+    whole = batch_generate(model, tokenizer, prompts, max_tokens=12)
     stop = tokenizer.token_id(whole[0][2])
-    cut = generate_batch(model, tokenizer, prompts, max_tokens=12, stop_tokens=[stop])
+    cut = batch_generate(model, tokenizer, prompts, max_tokens=12, stop_tokens=[stop])
     assert cut == [text.split(whole[0][2])[0] for text in whole]
 
 
@@ -97,7 +97,7 @@ def test_a_decoder_in_a_batch_goes_one_by_one(tiny):
     model, tokenizer = tiny
     prompts = ["Hello", "Good day to you"]
     expected = [mlxlm.generate(model, tokenizer, prompt, max_tokens=5) for prompt in prompts]
-    assert generate_batch(model, tokenizer, prompts, max_tokens=5) == expected
+    assert batch_generate(model, tokenizer, prompts, max_tokens=5) == expected
 
 
 def test_a_sentencepiece_vocabulary_frames_the_prompt(tiny_seq2seq_directory):
@@ -126,11 +126,11 @@ def test_mistakes_are_refused(tiny_seq2seq, tiny_bert):
     with pytest.raises(UsageError, match="encoder reads every prompt anew"):
         mlxlm.generate(model, tokenizer, PROMPT, cache=model.make_cache())
     with pytest.raises(UsageError, match="one string"):
-        generate_batch(model, tokenizer, PROMPT)
+        batch_generate(model, tokenizer, PROMPT)
     with pytest.raises(UsageError, match="batch_size is 0"):
-        generate_batch(model, tokenizer, [PROMPT], batch_size=0)
+        batch_generate(model, tokenizer, [PROMPT], batch_size=0)
     with pytest.raises(PromptError, match="empty"):
-        generate_batch(model, tokenizer, ["a", ""])
+        batch_generate(model, tokenizer, ["a", ""])
     with pytest.raises(UsageError, match="decoder_tokens"):
         model(mx.array([[3, 4]]))
     with pytest.raises(UnsupportedModelError, match="encoder-only"):

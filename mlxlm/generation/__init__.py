@@ -19,6 +19,7 @@ from mlxlm.generation.prompt_cache import PromptCache, load_prompt_cache, make_p
 from mlxlm.generation.requests import Completion, Processor, Request, TokenChoice
 from mlxlm.generation.sampling import Sampling
 from mlxlm.generation.scoring import Score, score_examples
+from mlxlm.generation.speculation import Speculation
 
 __all__ = [
     "BLANKS",
@@ -47,6 +48,7 @@ __all__ = [
     "RowScores",
     "Sampling",
     "Score",
+    "Speculation",
     "TextScores",
     "TokenChoice",
     "as_predictions",

@@ -13,10 +13,11 @@ import numpy as np
 
 from mlxlm.errors import PromptError, UsageError, nearest
 from mlxlm.generation.batching import counted, run
-from mlxlm.generation.requests import Request
+from mlxlm.generation.requests import Likelihoods, Request, TokenChoice
 from mlxlm.generation.sampler import Sampler
 from mlxlm.generation.sampling import Sampling, chosen
 from mlxlm.generation.scheduler import Scheduler
+from mlxlm.generation.speculation import Speculation, speculative_decode
 from mlxlm.generation.stepping import decoding_cache
 from mlxlm.generation.steps import check_generates, check_ids, make_steps, room
 from mlxlm.generation.stopping import StopStrings
@@ -39,6 +40,7 @@ class Piece:
     prompt_tokens: of the whole prompt.  cached_tokens: of these, how many the given cache held already.
     generated_tokens: so far, a stop token included.
     prompt_seconds: until the first token was there.  decode_seconds: since then.
+    log_probability, likeliest: of the token, where asked for; see `TokenChoice`.
     """
 
     text: str
@@ -49,6 +51,8 @@ class Piece:
     generated_tokens: int
     prompt_seconds: float
     decode_seconds: float
+    log_probability: float | None = None
+    likeliest: tuple[tuple[int, float], ...] = ()
 
     @property
     def prompt_rate(self) -> float:
@@ -106,6 +110,8 @@ def stream_generate(
     stop: Iterable[str] | str = (),
     stop_tokens: Iterable[int] = (),
     cache: Cache | None = None,
+    speculation: Speculation | None = None,
+    likelihoods: int | None = None,
     sampling: Sampling | None = None,
     **options: Any,
 ) -> Iterator[Piece]:
@@ -115,7 +121,9 @@ def stream_generate(
     context does.  stop: strings that end the answer and are not part of it.  stop_tokens: further token ids that end
     it, beside the tokenizer's own.  cache: from `model.make_cache()`; tokens it holds must begin the prompt, and it
     holds them and the answer afterwards, but for its last token when max_tokens ended it; only for models without an
-    encoder.  sampling: see `Sampling`; or its fields as keywords (temperature=0.7 ...). A repetition penalty counts
+    encoder.  speculation: guess tokens ahead, see `Speculation`; the answer is distributed as without.
+    likelihoods: 0 to get the log probability of each token, n for those of the n likeliest too, default neither.
+    sampling: see `Sampling`; or its fields as keywords (temperature=0.7 ...). A repetition penalty counts
     what the decoder reads: prompt and answer, or with an encoder-decoder the answer alone.
 
     Raises PromptError for an empty prompt or one that fills the context, SamplingError for bad options and
@@ -131,7 +139,11 @@ def stream_generate(
     cache = _cache(model, tokens, cache)
     sampler = make_sampler(model, tokenizer, tokens, sampling)
     limit = room(model, tokens, max_tokens)
-    return _pieces(model, tokenizer, tokens, cache, sampler, stops, set(tokenizer.stop_ids) | set(stop_tokens), limit)
+    if speculation is None:
+        choices = decode(model, tokens, cache, sampler, limit, likelihoods)
+    else:
+        choices = speculative_decode(model, tokens, cache, sampler, limit, speculation, likelihoods)
+    return _pieces(tokenizer, tokens, cache.length, choices, stops, set(tokenizer.stop_ids) | set(stop_tokens), limit)
 
 
 def make_sampler(model: Transformer, tokenizer: Tokenizer, prompt: list[int], sampling: Sampling) -> Sampler:
@@ -166,19 +178,20 @@ def sampling_of(sampling: Sampling | None, options: dict[str, Any]) -> Sampling:
 
 
 def _pieces(
-    model: Transformer,
     tokenizer: Tokenizer,
     tokens: list[int],
-    cache: Cache,
-    sampler: Sampler,
+    cached: int,
+    choices: Iterator[TokenChoice],
     stops: StopStrings,
     stop_tokens: set[int],
     limit: int,
 ) -> Iterator[Piece]:
+    """The pieces of an answer whose tokens come one by one.  tokens: of the prompt.  cached: of these."""
     detokenizer = tokenizer.detokenizer()
-    start, cached = time.perf_counter(), cache.length
+    start = time.perf_counter()
     first: float | None = None
-    for count, token in enumerate(decode(model, tokens, cache, sampler, limit), 1):
+    for count, choice in enumerate(choices, 1):
+        token = choice.token
         now = time.perf_counter()
         first = now if first is None else first
         text, reason = "", None
@@ -199,32 +212,47 @@ def _pieces(
             generated_tokens=count,
             prompt_seconds=first - start,
             decode_seconds=now - first,
+            log_probability=choice.log_probability,
+            likeliest=choice.likeliest,
         )
         if reason is not None:
             return
 
 
-def decode(model: Transformer, tokens: list[int], cache: Cache, sampler: Sampler, max_tokens: int) -> Iterator[int]:
-    """Up to max_tokens token ids that follow (or answer) `tokens`, of which the cache may hold the beginning.
+def decode(
+    model: Transformer,
+    tokens: list[int],
+    cache: Cache,
+    sampler: Sampler,
+    max_tokens: int,
+    likelihoods: int | None = None,
+) -> Iterator[TokenChoice]:
+    """Up to max_tokens tokens that follow (or answer) `tokens`, of which the cache may hold the beginning.
 
     The next step is launched before a token is read, so that the device never waits for Python. The cache holds the
     prompt and the tokens that were yielded, but for the last of max_tokens.
     """
+
+    def choose(logits: mx.array) -> tuple[mx.array, Likelihoods | None]:
+        token = sampler(logits)
+        known = None if likelihoods is None else Likelihoods.of(logits, token, sampler.vocab_size, likelihoods)
+        mx.async_eval(token, *(known.arrays() if known else ()))
+        return token, known
+
     steps = make_steps(model, cache)
     # Whoever stops early finds no token in the cache that was not yielded, so those ahead must be forgotten.
     ahead = 1 if model.config.has_memory else min(steps.stepping.ahead, cache.takes_back + 1)
-    token = sampler(steps.start([tokens]))
-    mx.async_eval(token)
-    launched, left, yielded = deque([token]), max_tokens - 1, 0
+    launched = deque([choose(steps.start([tokens]))])
+    left, yielded = max_tokens - 1, 0
     try:
         while launched:
             while left and len(launched) <= ahead:
-                token = sampler(steps.step(token))
-                mx.async_eval(token)
-                launched.append(token)
+                launched.append(choose(steps.step(launched[-1][0])))
                 left -= 1
             yielded += 1
-            yield chosen(int(launched.popleft().item()))
+            token, known = launched.popleft()
+            score, likeliest = (None, ()) if known is None else known.read()[0]
+            yield TokenChoice(chosen(int(token.item())), score, likeliest)
     finally:
         if len(launched) > 1 and not model.config.has_memory:
             cache.trim(len(tokens) + yielded)

@@ -113,7 +113,8 @@ class Likelihoods:
         chosen = mx.take_along_axis(scores, mx.maximum(tokens, 0)[:, None], axis=-1)[:, 0]
         likeliest = min(likeliest, words)
         if not likeliest:
-            return cls(chosen, *cls.empty(len(tokens)).arrays()[1:])
+            empty = cls.empty(chosen.shape[0])
+            return cls(chosen, empty.ids, empty.values)
         ids = mx.argpartition(-scores, likeliest - 1, axis=-1)[:, :likeliest]
         values = mx.take_along_axis(scores, ids, axis=-1)
         order = mx.argsort(-values, axis=-1)

@@ -75,7 +75,7 @@ class Sampler:
 
         self._random = [sampling.temperature > 0 for sampling in rows]
         self._temperature = column([sampling.temperature or 1.0 for sampling in rows])
-        self._penalty = column([sampling.repetition_penalty for sampling in rows])
+        self.penalty = column([sampling.repetition_penalty for sampling in rows])
         self._top_k = {sampling.top_k for sampling in rows if sampling.temperature > 0}
         # A row without a filter gets a border that nothing reaches.
         self._k = mx.array([sampling.top_k or self.vocab_size for sampling in rows], dtype=mx.int32).reshape(-1, 1)
@@ -96,7 +96,7 @@ class Sampler:
         if greedy is not None and not any(self._random):
             tokens = greedy
         else:
-            drawn = mx.argmax(self.filtered(logits) + self._noise(), axis=-1)
+            drawn = mx.argmax(self.filtered(logits) + self.noise(), axis=-1)
             tokens = drawn if greedy is None else mx.where(mx.array(self._random), drawn, greedy)
         self.observe(tokens)
         return mx.where(broken, -1, tokens.astype(mx.int32))
@@ -108,14 +108,15 @@ class Sampler:
 
     def processed(self, logits: mx.array, added: mx.array | None = None) -> mx.array:
         """Logits (B, V) with what is added to them and penalties for repetition."""
-        if self._seen is None and self._bias is None and added is None:
-            return logits
-        logits = logits.astype(mx.float32)
         if added is not None:
-            logits = logits + added
+            logits = logits.astype(mx.float32) + added
         if self._seen is not None:
-            logits = penalize(logits, self._seen, self._penalty)
-        return logits if self._bias is None else logits + self._bias
+            logits = penalize(logits.astype(mx.float32), self._seen, self.penalty)
+        return self.biased(logits)
+
+    def biased(self, logits: mx.array) -> mx.array:
+        """Logits (B, V) with the biases of the rows."""
+        return logits if self._bias is None else logits.astype(mx.float32) + self._bias
 
     def filtered(self, logits: mx.array) -> mx.array:
         """Logits (B, V), divided by the temperature and with those that may not be drawn at -inf."""
@@ -135,13 +136,37 @@ class Sampler:
             logits = keep_min_p(logits, self._share)
         return logits
 
-    def _noise(self) -> mx.array:
+    # For one row, of which several tokens are looked at together.
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether no row draws at random."""
+        return not any(self._random)
+
+    def seen_after(self, tokens: mx.array) -> mx.array | None:
+        """What has occurred before and after each of tokens (k,), (k + 1, V) bool; None where nobody asks."""
+        if self._seen is None:
+            return None
+        ones = (mx.arange(self.vocab_size) == tokens[:, None]).astype(mx.int32)
+        grown = mx.cumsum(ones, axis=0) > 0
+        return mx.concatenate([self._seen, self._seen | grown]) if tokens.size else self._seen
+
+    def observe_all(self, tokens: mx.array) -> None:
+        """Count tokens (k,) of the one row as having occurred."""
+        seen = self.seen_after(tokens)
+        self._seen = None if seen is None else seen[-1:]
+
+    def key(self) -> mx.array:
+        """A random key that is used for nothing else, of the one row."""
+        keys = mx.random.split(self._keys[0])
+        self._keys = keys[:1]
+        return keys[1]
+
+    def noise(self) -> mx.array:
         """Gumbel noise (B, V): the largest of logits and noise is distributed as the logits say (Gumbel 1954)."""
         shape = (self.vocab_size,)
         if len(self.samplings) == 1:
-            keys = mx.random.split(self._keys[0])
-            self._keys = keys[:1]
-            return mx.random.gumbel(shape, key=keys[1])[None]
+            return mx.random.gumbel(shape, key=self.key())[None]
         keys = mx.vmap(mx.random.split)(self._keys)
         self._keys = keys[:, 0]
         return mx.vmap(lambda key: mx.random.gumbel(shape, key=key))(keys[:, 1])

@@ -81,6 +81,26 @@ def test_log_probabilities_are_those_of_the_whole_text(loaded_models):
             np.testing.assert_allclose([value for _, value in likeliest], np.sort(row)[::-1][:3], atol=1e-4)
 
 
+def test_rows_may_want_more_or_less_to_be_known(loaded_models):
+    model = loaded_models["llama"]
+    scheduler = Scheduler(model, 67, max_rows=2)
+    wanted = [0, None, 2, 1, None]
+    rows = [
+        scheduler.add(Request(tokens=tuple(prompt), max_tokens=4 + i, likelihoods=want))[0]
+        for i, (prompt, want) in enumerate(zip(prompts(model), wanted, strict=False))
+    ]
+    found = {id(row): [] for row in rows}
+    while scheduler.busy:
+        for row, choice in scheduler.step():
+            found[id(row)].append(choice)
+    for row, want in zip(rows, wanted, strict=True):
+        choices = found[id(row)]
+        assert {choice.log_probability is None for choice in choices} == {want is None}
+        assert {len(choice.likeliest) for choice in choices} == {want or 0}
+        for choice in choices if want else []:
+            assert choice.likeliest[0] == (choice.token, choice.log_probability)
+
+
 def test_rows_draw_what_they_would_draw_alone(loaded_models):
     """Each row by its own options and seed, whoever stands beside it."""
     model, words = loaded_models["llama"], 67

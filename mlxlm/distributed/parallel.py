@@ -12,8 +12,11 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlxlm.distributed.buckets import summed
+from mlxlm.distributed.communicator import Comm
 from mlxlm.distributed.mesh import Mesh
 from mlxlm.distributed.pieces import Piece
+from mlxlm.distributed.pipeline import Pipeline
+from mlxlm.distributed.stages import StagePlan, split_stages
 from mlxlm.distributed.tensor_parallel import share_tensors
 from mlxlm.distributed.tensor_plan import TensorPlan
 from mlxlm.distributed.world import World
@@ -36,13 +39,14 @@ class Parallel:
     Attributes:
         pieces: of each parameter of the model as it is held, by name.
         data: the communicator of processes with the same part of the model and other data; tensor: of those that share
-        matrices.  lazy: whether all communication is part of MLX's graphs, which can then be compiled.
+        matrices; pipeline: the stages, None without.
+        lazy: whether all communication is part of MLX's graphs, which can then be compiled.
         recomputes: whether all layers must be computed again for gradients.
 
     Raises UsageError for a model that the mesh can't share.
     """
 
-    def __init__(self, world: World, mesh: Mesh, model: Transformer, *, zero: int = 0):
+    def __init__(self, world: World, mesh: Mesh, model: Transformer, *, zero: int = 0, schedule: str = "1f1b"):
         if mesh.size != world.size:
             raise UsageError(f"the mesh {mesh} is for {mesh.size} processes, but there are {world.size}")
         if zero not in (0, 1, 2, 3):
@@ -55,8 +59,17 @@ class Parallel:
         # Processes that hold different parts of one replica, or of all of them where those share it, too.
         self._parts = world.comm(mesh.groups("tp", "pp", *(("dp", "sp") if zero else ())), "parts")
         self._plan = TensorPlan(model.config, mesh.tp, self.place["tp"])
-        self._check_equal(model)
+        self.pipeline: Pipeline | None = None
+        self._ties: list[tuple[Comm, tuple[int, ...]]] = []
+        self._stages = StagePlan.of(model.config, mesh.pp)
+        if mesh.pp > 1:
+            comm = world.comm(mesh.groups("pp"), "stages")
+            split_stages(model, self._stages, comm.index)
+            self.pipeline = Pipeline(model, comm, schedule)
+            self._ties = self._tied(world)
         self.pieces = share_tensors(model, self.tensor)
+        if self.data.size > 1:
+            self.check_equal(dict(tree_flatten(model.parameters())), "the weights at the start")
         self._rows = {name: piece.size[0] for name, piece in self.pieces.items() if piece.shape}
         self._in_layers: set[str] = set()
         if self.zero == 3 and self.data.size > 1:
@@ -67,7 +80,7 @@ class Parallel:
     @property
     def lazy(self) -> bool:
         """See the class."""
-        return all(comm.lazy for comm in (self.data, self.tensor, self._parts))
+        return self.pipeline is None and all(comm.lazy for comm in (self.data, self.tensor, self._parts))
 
     @property
     def recomputes(self) -> bool:
@@ -78,6 +91,20 @@ class Parallel:
     def sharded(self) -> bool:
         """Whether trained weights rest as shards of what the model computes with."""
         return bool(self.zero) and self.data.size > 1
+
+    def _tied(self, world: World) -> list[tuple[Comm, tuple[int, ...]]]:
+        """Communicators of the stages that have parameters in common, one for every such set of stages."""
+        with mx.stream(mx.cpu):
+            names = [name for name, _ in tree_flatten(Transformer(self.config).parameters())]
+        sets = dict.fromkeys(holders for name in names if len(holders := self._stages.holders(name)) > 1)
+        found = []
+        for number, holders in enumerate(sets):
+            groups = []
+            for ranks in self.mesh.groups("pp"):
+                groups += [[rank for stage, rank in enumerate(ranks) if stage in holders]]
+                groups += [[rank] for stage, rank in enumerate(ranks) if stage not in holders]
+            found.append((world.comm(groups, f"tied weights {number}"), holders))
+        return found
 
     # ------------------------------------------------------------------------------------------------ in a step
 
@@ -139,14 +166,19 @@ class Parallel:
             gradients = summed(self.data, gradients)
         elif self.zero == 1:
             gradients = {name: shard(self.data, a) for name, a in summed(self.data, gradients).items()}
+        for comm, holders in self._ties:
+            shared = {name: a for name, a in gradients.items() if self._stages.holders(name) == holders}
+            gradients = gradients | summed(comm, shared)
         loss, count = self.measure(sums["loss"], sums["count"])
         return {"loss": loss, "count": count, "gradients": gradients}
 
     def measure(self, loss: mx.array, count: mx.array) -> tuple[mx.array, mx.array]:
         """Sum of losses and number of targets of all processes, from those of this one."""
-        if self.data.size == 1:
-            return loss, count
-        return self.data.sum(loss, "losses"), self.data.sum(count.astype(mx.int32), "numbers of targets")
+        comms = [self.data] if self.pipeline is None else [self.data, self.pipeline.comm]
+        count = count.astype(mx.int32)
+        for comm in comms:
+            loss, count = comm.sum(loss, "losses"), comm.sum(count, "numbers of targets")
+        return loss, count
 
     def squares(self, gradients: Arrays, square_sum: Callable[[list[mx.array]], mx.array]) -> mx.array:
         """The sum of squares of the whole gradient, of which this process has these parts.  square_sum: of arrays."""
@@ -159,10 +191,9 @@ class Parallel:
 
     def _copies(self, name: str) -> int:
         """How many of the processes whose squares are added up hold the same part of a parameter."""
-        here = self.pieces[name] if not self.sharded else self._tensor_piece(name)
-        if here.is_whole:
-            return self.mesh.tp
-        return sum(self._plan_of(index).piece(name, here.shape) == here for index in range(self.mesh.tp))
+        here = self._tensor_piece(name)
+        alike = sum(self._plan_of(index).piece(name, here.shape) == here for index in range(self.mesh.tp))
+        return alike * len(self._stages.holders(name))
 
     def _plan_of(self, index: int) -> TensorPlan:
         return TensorPlan(self.config, self.mesh.tp, index)
@@ -178,6 +209,14 @@ class Parallel:
                 return function(*arguments)
 
         return run
+
+    def serve(self, wanted: bool = True) -> None:
+        """From now on calls of the model go through all stages of a pipeline, as generation needs it, or no longer.
+
+        All processes of a replica must then make the same calls.
+        """
+        if self.pipeline is not None:
+            self.pipeline.model.relay(self.pipeline.comm if wanted else None)
 
     # ------------------------------------------------------------------------------------------------ around steps
 
@@ -200,10 +239,6 @@ class Parallel:
             digest.update(name.encode())
             digest.update(memoryview(mx.contiguous(array.reshape(-1)).view(mx.uint8)))
         self.data.agree(digest.hexdigest(), what)
-
-    def _check_equal(self, model: Transformer) -> None:
-        if self.data.size > 1:
-            self.check_equal(dict(tree_flatten(model.parameters())), "the weights at the start")
 
     def seed(self, seed: int) -> int:
         """A seed of this process's own for what differs with the data, such as dropout."""

@@ -34,6 +34,9 @@ class SharedAttention(Attention):
         memory = None if memory is None else entered(self._comm, memory)
         return super().__call__(entered(self._comm, x), scope, cache, memory)
 
+    def join(self) -> None:
+        """Nothing: one product for queries, keys and values is cut up by the heads of the whole model."""
+
     def project_out(self, out: mx.array) -> mx.array:
         """See `Attention`."""
         return left(self._comm, super().project_out(out))

@@ -54,7 +54,7 @@ class Stack(nn.Module):
         """
         if self.spec.positions is not None:
             scope.shared = self.positions
-        x = self.dropout(x)
+        x = self.enter(x)
         for index, layer in enumerate(self.layers):
             if prefixes is not None:
                 scope = replace(scope, prefix=prefixes[index])
@@ -62,6 +62,14 @@ class Stack(nn.Module):
                 x = self._recompute(layer, x, scope, memory)
             else:
                 x = layer(x, scope, None if cache is None else cache[index], memory)
+        return self.leave(x)
+
+    def enter(self, x: mx.array) -> mx.array:
+        """What is done before the first layer."""
+        return self.dropout(x)
+
+    def leave(self, x: mx.array) -> mx.array:
+        """What is done after the last layer."""
         return self.dropout(self.norm(x))
 
     def _recompute(self, layer: nn.Module, x: mx.array, scope: Scope, memory: mx.array | None) -> mx.array:

@@ -18,13 +18,15 @@ class Communicator:
 
     lazy: whether a step with its communication can be compiled.  recomputes: whether all layers must be computed again
     for gradients.  sharded: whether what is kept of trained weights differs from what the model computes with.
-    first: whether this process writes what is written once, and reports.
+    first: whether this process writes what is written once, and reports.  pipeline: the stages of the model, with
+    `sums` and `loss`, where this process has only one of them.
     """
 
     lazy = True
     recomputes = False
     sharded = False
     first = True
+    pipeline: Any = None
 
     def check_optimizer(self, name: str) -> None:
         """Raise UsageError for an optimizer that can't work on what this process keeps."""

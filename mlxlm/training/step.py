@@ -95,6 +95,8 @@ class Step:
         self.model.train()
         inputs = [self._arrays(batch, self.task) for batch in batches]
         try:
+            if self.communicator.pipeline is not None:
+                return Outcome(*self._update(self._piped(inputs)))
             if len(inputs) == 1:
                 return Outcome(*self._whole(inputs[0]))
             sums = self._first(inputs[0])
@@ -181,8 +183,17 @@ class Step:
         return {"loss": loss, "count": count, "gradients": self.communicator.collect(gradients, kept)}
 
     def _measured(self, kept: Arrays, batch: Arrays) -> tuple[mx.array, mx.array]:
+        weights, loss = self.communicator.weights(self._computed(kept)), self._loss_of(self._evaluated)
+        pipeline = self.communicator.pipeline
+        sums = loss(weights, batch) if pipeline is None else pipeline.loss(loss, weights, batch)
+        return self.communicator.measure(*sums)
+
+    def _piped(self, batches: list[Arrays]) -> dict[str, Any]:
+        """The sums of all batches, which go through the stages of a pipeline one behind the other."""
+        kept = self.state["parameters"]
         weights = self.communicator.weights(self._computed(kept))
-        return self.communicator.measure(*self._loss_of(self._evaluated)(weights, batch))
+        sums = self.communicator.pipeline.sums(self._loss_of(self.task), weights, batches)
+        return sums | {"gradients": self.communicator.collect(sums["gradients"], kept)}
 
     def _begin(self, batch: Arrays) -> dict[str, Any]:
         """The sums of the first of several batches, of which the gradient is kept in the dtype of the weights."""

@@ -82,3 +82,16 @@ def decoded(model: Transformer, count=8):
         found.append(int(mx.argmax(logits[0]).item()))
         logits = steps.step(mx.array([found[-1]]))
     return np.array(found)
+
+
+def generating(world, folder, mesh, *names):
+    """For each model: greedy tokens and a beam search of the whole model and of this rank's part of it."""
+    from mlxlm.distributed import Parallel, parse_mesh
+
+    result = {}
+    for name in names:
+        whole, model = small_model(name), small_model(name)
+        Parallel(world, parse_mesh(mesh, world.size), model).serve()
+        result[f"{name}/tokens"] = decoded(whole)
+        result[f"{name}/shared-tokens"] = decoded(model)
+    return result

@@ -13,10 +13,18 @@ from training_runs import tiny_model
 from mlxlm.data import RowShare
 
 TWO = [
-    "llama dp=2 0", "llama dp=2 1", "llama dp=2 2", "llama dp=2 3", "llama tp=2 0",
-    "bert dp=2 0", "bert dp=2 3", "bert tp=2 0", "t5 dp=2 2", "t5 dp=2 3", "t5 tp=2 0",
+    "llama dp=2 0", "llama dp=2 1", "llama dp=2 2", "llama dp=2 3", "llama tp=2 0", "llama pp=2 0", "bert tp=2 0",
+    "t5 dp=2 3", "t5 tp=2 0", "t5 pp=2 0 gpipe",
 ]  # fmt: skip
-FOUR = ["llama dp=2,tp=2 0", "llama dp=2,tp=2 2", "qwen3 dp=2,tp=2 3", "llama dp=4 3", "bert dp=2,tp=2 1", "t5 tp=4 0"]
+TWO_MORE = [
+    "llama-tied pp=2 0 gpipe", "bert dp=2 0", "bert dp=2 1", "bert dp=2 2", "bert dp=2 3", "bert pp=2 0",
+    "bert pp=2 0 gpipe", "t5 dp=2 0", "t5 dp=2 1", "t5 dp=2 2", "t5 pp=2 0",
+]  # fmt: skip
+FOUR = [
+    "llama dp=2,tp=2 2", "qwen3 dp=2,tp=2 3", "llama-tied pp=2,dp=2 2", "llama pp=2,tp=2 0 gpipe", "bert dp=2,tp=2 1",
+    "bert pp=2,dp=2 0", "t5 pp=2,tp=2 0", "t5 pp=2,dp=2 3",
+]  # fmt: skip
+EIGHT = ["llama dp=2,tp=2,pp=2 1"]
 
 
 def under_meshes(count, cases):
@@ -54,9 +62,10 @@ def test_shards_take_their_part_of_weights_and_optimizer_state(two):
 
 
 @pytest.mark.slow
-def test_four_ranks_train_as_one_process_does():
-    results = under_meshes(4, FOUR)
-    for case in FOUR:
+@pytest.mark.parametrize(("count", "cases"), [(2, TWO_MORE), (4, FOUR), (8, EIGHT)])
+def test_other_meshes_train_as_one_process_does(count, cases):
+    results = under_meshes(count, cases)
+    for case in cases:
         check(results, case)
 
 

@@ -80,10 +80,11 @@ def under_meshes(world, folder, *cases):
 
     result = {}
     for case in cases:
-        name, mesh, zero = case.split(" ")
+        name, mesh, zero, *schedule = case.split(" ")
         losses, weights = reference(folder, name)
         model = small_model(name)
-        parallel = Parallel(world, parse_mesh(mesh, world.size), model, zero=int(zero))
+        options = dict(zip(["schedule"], schedule, strict=False))
+        parallel = Parallel(world, parse_mesh(mesh, world.size), model, zero=int(zero), **options)
         source = RowShare(Batches(model), parallel.place["dp"], parallel.mesh.dp)
         got, step = trained(name, parallel, model, source)
         result[f"{case}/losses"] = np.abs(got - losses).max()

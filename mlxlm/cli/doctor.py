@@ -11,6 +11,8 @@ import typer
 from mlxlm.errors import UnsupportedModelError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from mlxlm.kernels.attention.selfcheck import Check
 
 
@@ -23,14 +25,14 @@ def doctor(
     ] = None,
     skip_check: Annotated[bool, typer.Option("--skip-check", help="Report the machine only.")] = False,
 ) -> None:
-    """Report machine, MLX, BLAS and memory, and check attention against its reference.
+    """Report machine, MLX, BLAS and memory, and check attention and norms against their formulas.
 
     Metal kernels that fail are switched off on this machine, and a report to paste into an issue is printed.
     """
     if tune != (model is not None):
         raise UsageError("--tune and --model go together: the shapes that are timed are those of a model")
     machine()
-    failed = [] if skip_check else check()
+    failed = [] if skip_check else [*check_attention(), *check_norms()]
     if tune:
         _tune(str(model))
     if failed:
@@ -60,27 +62,49 @@ def machine() -> None:
         print(f"advice       {blas.advice()}")
 
 
-def check() -> list[Check]:
+def check_attention() -> list[Check]:
     """Check attention, print a line an implementation and every failure; returns the failures."""
     from mlxlm import runtime
     from mlxlm.kernels.attention import selfcheck
 
-    checks: list[Check] = []
-    for number, one in enumerate(selfcheck.run(), 1):
-        checks.append(one)
+    checks = _watched("attention", selfcheck.run())
+    failed = _told("attention", checks, "as the reference")
+    if runtime.backend() == "metal" and selfcheck.record_failures(checks):
+        print("Our Metal kernels are switched off on this machine. Please paste all of this into an issue.")
+    return failed
+
+
+def check_norms() -> list[Check]:
+    """Check MLX's fused norms, which the layers use; prints and returns as `check_attention` does."""
+    from mlxlm.layers import norm_check
+
+    failed = _told("norms", _watched("norms", norm_check.run()), "as the formula")
+    if failed:
+        print("MLX's own norms are wrong on this machine: don't train on it. Please paste all of this into an issue.")
+    return failed
+
+
+def _watched(what: str, checks: Iterator[Check]) -> list[Check]:
+    """The checks, with a count on a terminal while they run."""
+    done: list[Check] = []
+    for number, one in enumerate(checks, 1):
+        done.append(one)
         if sys.stderr.isatty():
-            print(f"\rchecking attention, {number} ...", end="", file=sys.stderr, flush=True)
+            print(f"\rchecking {what}, {number} ...", end="", file=sys.stderr, flush=True)
     if sys.stderr.isatty():
         print("\r" + " " * 40 + "\r", end="", file=sys.stderr)
+    return done
+
+
+def _told(what: str, checks: list[Check], right: str) -> list[Check]:
+    """Print how many of each implementation are right, and each that is not; returns the latter."""
     for implementation in dict.fromkeys(one.implementation for one in checks):
         own = [one for one in checks if one.implementation == implementation]
         good = sum(not one.problem for one in own)
-        print(f"attention    {implementation}: {good} of {len(own)} cases as the reference, outputs and gradients")
+        print(f"{what:12} {implementation}: {good} of {len(own)} cases {right}, outputs and gradients")
     failed = [one for one in checks if one.problem]
     for one in failed:
         print(f"FAILED       {one.implementation}, {one.case}: {one.problem}")
-    if runtime.backend() == "metal" and selfcheck.record_failures(checks):
-        print("Our Metal kernels are switched off on this machine. Please paste all of this into an issue.")
     return failed
 
 

@@ -24,12 +24,6 @@ from tools.metal_emulator import translate
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def planned_with(monkeypatch, **splits: launches.Split) -> None:
-    """Make every call use these launches, by the names of kernels."""
-    planned = metal.plan
-    monkeypatch.setattr(metal, "plan", lambda problem, device: replace(planned(problem, device), splits=splits))
-
-
 def launched(device, kernel: str) -> int:
     return sum(dispatch.name.endswith(f"_attention_{kernel}") for dispatch in device.dispatches)
 
@@ -40,7 +34,7 @@ _EVERYTHING = cases.Case(
 
 
 @needs_compiler
-def test_a_call_split_over_launches_gives_the_same_bits(monkeypatch):
+def test_a_call_split_over_launches_gives_the_same_bits():
     """Wherever each launch has results of its own."""
     data = cases.make(_EVERYTHING)
     with cases.emulated_attention() as device:
@@ -53,8 +47,7 @@ def test_a_call_split_over_launches_gives_the_same_bits(monkeypatch):
         "relative_bias_gradient": launches.Split(kv_heads=2),
     }
     assert {launched(device, kernel) for kernel in splits} == {1}
-    planned_with(monkeypatch, **splits)
-    with cases.emulated_attention() as device:
+    with cases.emulated_attention(splits=splits) as device:
         found = cases.results(metal.attention, data)
     counts = {"key_value_gradient": 12, "bias_gradient": 24, "relative_bias_gradient": 2}
     assert {kernel: launched(device, kernel) for kernel in splits} == dict.fromkeys(splits, 8) | counts
@@ -64,20 +57,14 @@ def test_a_call_split_over_launches_gives_the_same_bits(monkeypatch):
 
 @needs_compiler
 @pytest.mark.parametrize("bias", ["HLS", "B11S", "1"])
-def test_launches_whose_results_add_up_give_the_same_sums(bias, monkeypatch):
+def test_launches_whose_results_add_up_give_the_same_sums(bias):
     data = cases.make(replace(_EVERYTHING, bias=bias, dtype="float32", dropout=bias == "HLS"))
     with cases.emulated_attention():
         expected = cases.results(metal.attention, data)
-    planned_with(
-        monkeypatch,
-        query_gradient=launches.Split(keys=3),
-        key_value_gradient=launches.Split(kv_heads=2, queries=2),
-        bias_gradient=launches.Split(batch=2, kv_heads=2, queries=2, keys=3),
-        relative_bias_gradient=launches.Split(batch=2, kv_heads=2, queries=2),
-    )
-    with cases.emulated_attention() as device:
+    with cases.emulated_attention(splits=cases.CUT) as device:
         found = cases.results(metal.attention, data)
-    assert launched(device, "query_gradient") == 3
+    assert launched(device, "query_gradient") == 16
+    assert launched(device, "key_value_gradient") == 24
     assert launched(device, "relative_bias_gradient") == 8
     assert max(cases.errors(found, expected).values()) < 2e-6
     assert max(cases.errors(found, data.exact).values()) < 1e-4
@@ -85,13 +72,13 @@ def test_launches_whose_results_add_up_give_the_same_sums(bias, monkeypatch):
 
 @needs_compiler
 @pytest.mark.parametrize("width", [16, 136], ids=["one pass", "two passes"])
-def test_sums_over_launches_are_taken_in_float32(width, monkeypatch):
+def test_sums_over_launches_are_taken_in_float32(width):
     case = cases.Case(dtype="bfloat16", batch=1, kv_heads=1, queries=70, keys=100, head_dim=width, value_dim=width)
     data = cases.make(case)
     with cases.emulated_attention():
         whole = cases.errors(cases.results(metal.attention, data), data.exact)
-    planned_with(monkeypatch, query_gradient=launches.Split(keys=9), key_value_gradient=launches.Split(queries=9))
-    with cases.emulated_attention() as device:
+    splits = {"query_gradient": launches.Split(keys=9), "key_value_gradient": launches.Split(queries=9)}
+    with cases.emulated_attention(splits=splits) as device:
         found = cases.errors(cases.results(metal.attention, data), data.exact)
     assert launched(device, "query_gradient") > 3
     assert all(found[name] <= 1.05 * whole[name] for name in found), (found, whole)
@@ -99,23 +86,16 @@ def test_sums_over_launches_are_taken_in_float32(width, monkeypatch):
 
 @needs_compiler
 @pytest.mark.parametrize("case", cases.DECODE[2:6:2], ids=str)
-def test_decoding_split_over_launches_gives_the_same(case, monkeypatch):
+def test_decoding_split_over_launches_gives_the_same(case):
     data = cases.make(case)
     with cases.emulated_attention():
         expected = cases.results(metal.attention, data)
-    planned_with(monkeypatch, decode=launches.Split(batch=case.batch, kv_heads=case.kv_heads, keys=3))
-    planned = metal.plan
-    monkeypatch.setattr(metal, "plan", lambda problem, device: _with_two_splits(planned(problem, device)))
-    with cases.emulated_attention() as device:
+    splits = {"decode": launches.Split(batch=case.batch, kv_heads=case.kv_heads, keys=3)}
+    with cases.emulated_attention(splits=splits) as device:
         found = cases.results(metal.attention, data)
     assert launched(device, "decode") == 3 * case.batch * case.kv_heads
     assert launched(device, "decode_combine") == 1
     assert max(cases.errors(found, expected).values()) <= (1e-5 if case.dtype == "float32" else 2**-7)
-
-
-def _with_two_splits(planned: plan.TilePlan) -> plan.TilePlan:
-    """A part of the keys gives no final results, as the plan sees to by itself for calls as long as that."""
-    return replace(planned, decode=replace(planned.decode, splits=max(2, planned.decode.splits)))
 
 
 @needs_compiler

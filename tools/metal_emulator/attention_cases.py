@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,7 +17,10 @@ import numpy as np
 
 from mlxlm.kernels.attention import AttentionMask, metal
 from mlxlm.kernels.attention.device import DeviceProfile, metal_profile
+from mlxlm.kernels.attention.launches import Split
 from mlxlm.kernels.attention.metal import source
+from mlxlm.kernels.attention.plan import TilePlan, plan
+from mlxlm.kernels.attention.problem import AttentionProblem
 from tools.metal_emulator import compiler
 from tools.metal_emulator.session import Metal, emulated_metal
 
@@ -173,20 +176,35 @@ Attention = Callable[..., Any]
 
 @contextmanager
 def emulated_attention(
-    *, generation: int = 1, seed: int = 0, collecting: bool = False, keeping: bool = False
+    *,
+    generation: int = 1,
+    splits: Mapping[str, Split] | None = None,
+    seed: int = 0,
+    collecting: bool = False,
+    keeping: bool = False,
 ) -> Iterator[Metal]:
-    """Our Metal kernels on the emulator, with the tiles of an Apple GPU of that generation (1: M1)."""
+    """Our Metal kernels on the emulator, with the tiles of an Apple GPU of that generation (1: M1).
+
+    splits: launches by the name of a kernel, instead of those that the plan has for it.
+    """
 
     def profile(backend: str) -> DeviceProfile:
         return metal_profile(f"applegpu_g{12 + generation}g")
 
-    real, metal.device_profile = metal.device_profile, profile
+    def planned(problem: AttentionProblem, device: DeviceProfile) -> TilePlan:
+        found = plan(problem, device)
+        decode = found.decode
+        if decode and splits and splits.get("decode", Split()).keys > 1:
+            decode = replace(decode, splits=max(2, decode.splits))  # as the plan has it for keys that are cut
+        return replace(found, splits=splits or {}, decode=decode)
+
+    real, metal.device_profile, metal.plan = metal.device_profile, profile, planned
     source.kernel.cache_clear()
     try:
         with emulated_metal(seed=seed, collecting=collecting, keeping=keeping) as device:
             yield device
     finally:
-        metal.device_profile = real
+        metal.device_profile, metal.plan = real, plan
         source.kernel.cache_clear()
 
 
@@ -364,6 +382,22 @@ DECODE = [
     Case(queries=8, keys=600, kv_heads=4, mask="everything", alibi=True, relative_bias=True, bias="BHLS", softcap=True,
          sinks=True, dropout=True, head_dim=20, value_dim=33),
     Case(queries=5, keys=530, mask="nothing visible", sinks=True),
+]  # fmt: skip
+
+# Kernels in several launches, cut along every axis that they can be cut along, and where results add up in float32.
+CUT = {
+    "forward": Split(batch=2, kv_heads=2, queries=2),
+    "delta": Split(batch=2, kv_heads=2, queries=3),
+    "query_gradient": Split(batch=2, kv_heads=2, queries=2, keys=2),
+    "key_value_gradient": Split(batch=2, kv_heads=2, queries=2, keys=3),
+    "bias_gradient": Split(batch=2, kv_heads=2, queries=2, keys=3),
+    "relative_bias_gradient": Split(batch=2, kv_heads=2, queries=2),
+    "decode": Split(batch=2, kv_heads=2, keys=3),
+}
+FOR_CUTS = [
+    Case(mask="everything", alibi=True, relative_bias=True, bias=bias, sinks=True, dropout=True, dtype=dtype,
+         queries=queries)
+    for bias, dtype, queries in (("BHLS", "float32", 45), ("B11S", "bfloat16", 45), ("LS", "float16", 3))
 ]  # fmt: skip
 
 # Every head width in every dtype on an early and a late GPU: each row of the tile table.

@@ -1,14 +1,15 @@
 """Run the kernels on an NVIDIA GPU: real threads, real barriers, and NVIDIA's memory and race checkers.
 
-The text that would go to Apple's compiler is turned into CUDA (translate.to_cuda). Two steps, because a machine with a
-GPU need not have MLX:
+The text that would go to Apple's compiler is turned into CUDA (translate.to_cuda). One command does all of it; it can
+be taken in two steps too, because a machine with a GPU need not have MLX:
 
-    python tools/metal_emulator/run_on_nvidia.py export build/nvidia      # needs mlx and mlxlm; runs the emulator
-    python tools/metal_emulator/run_on_nvidia.py run build/nvidia         # needs nvcc, a GPU and numpy, nothing else
+    python tools/metal_emulator/run_on_nvidia.py                # both steps, through build/nvidia
+    python tools/metal_emulator/run_on_nvidia.py export         # needs mlx and g++ or clang++; runs the emulator
+    python tools/metal_emulator/run_on_nvidia.py run            # needs nvcc, a GPU and numpy, nothing else
 
 `run` builds one program, runs every dispatch that the emulator ran on the same inputs, compares its outputs with the
-emulator's and, where a dispatch writes a final result, with float64, prints a table, and repeats the runs under
-compute-sanitizer (memcheck and racecheck). It exits with 1 when anything differs or is reported.
+emulator's and, where a dispatch writes a final result, with float64, and repeats the runs under compute-sanitizer
+(memcheck and racecheck). It prints one table of all that, and exits with 1 when anything differs or is reported.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -31,6 +33,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE = Path(__file__).resolve().parent / "engine"
 _LN2 = 0.6931471805599453
+Errors = dict[tuple[str, str], list[float]]  # kernel, dtype -> dispatches, largest error from emulator, from float64
+Check = tuple[str, str, bool]  # a tool, its verdict in a few words, whether it found nothing
 # Largest error relative to the largest number of an output, by the output's type: rounding may fall the other way.
 _AGAINST_EMULATOR = {"float": 2e-5, "half": 2e-3, "float16_t": 2e-3, "bfloat16_t": 1.6e-2}
 # By name: the terms of a slope's gradient cancel, so it has the limit that the emulator's tests give it.
@@ -50,15 +54,16 @@ def export(folder: Path) -> None:
 
     chosen = [*cases.ALONE, *cases.DECODE, *cases.WIDTHS[::2], *cases.PAIRS]
     cases.build(chosen)
+    runs = [(case, None) for case in chosen] + [(case, cases.CUT) for case in cases.FOR_CUTS]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     names: dict[str, str] = {}
     index: list[dict[str, Any]] = []
     with open(folder / "data.bin", "wb") as file:
         data = _Data(file)
-        for case in chosen:
+        for case, splits in runs:
             made = cases.make(case)
-            with cases.emulated_attention(generation=case.generation, keeping=True) as device:
+            with cases.emulated_attention(generation=case.generation, splits=splits, keeping=True) as device:
                 cases.results(metal.attention, made)
             for dispatch in device.dispatches:
                 name = names.setdefault(dispatch.kernel.digest, f"k{len(names):03d}")
@@ -77,19 +82,20 @@ def export(folder: Path) -> None:
                     entry = {"name": argument.name, "type": argument.type, "bytes": buffer.nbytes}
                     entry["offset"] = data.add(buffer.tobytes())
                     exact = _exact(argument.name, made.exact) if argument.writable else None
-                    if exact is not None and exact.size == buffer.size:
+                    if exact is not None and exact.size == buffer.size and not splits:
                         entry["exact"] = data.add(exact.astype(np.float32).tobytes())
                     arguments.append(entry | {"writable": argument.writable})
                 index.append(
                     {
-                        "kernel": name, "what": dispatch.name.removeprefix("mlxlm_attention_"), "case": str(case),
+                        "kernel": name, "what": dispatch.name.removeprefix("mlxlm_attention_"),
+                        "case": f"{case}{', in several launches' if splits else ''}",
                         "dtype": case.dtype, "grid": dispatch.grid, "threadgroup": dispatch.threadgroup,
                         "arguments": arguments,
                     }
                 )  # fmt: skip
     (folder / "index.json").write_text(json.dumps(index))
     size = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
-    print(f"{len(chosen)} cases, {len(names)} kernels, {len(index)} dispatches, {size:.1f} MiB in {folder}")
+    print(f"{len(runs)} cases, {len(names)} kernels, {len(index)} dispatches, {size:.1f} MiB in {folder}")
 
 
 class _Data:
@@ -176,20 +182,38 @@ int main(int count, char** names) {
 
 def run(folder: Path, *, sanitize: bool, jobs: int) -> int:
     """Build, run, compare, sanitize. Returns the exit status."""
+    if not (folder / "index.json").exists():
+        raise SystemExit(f"{folder} holds no export; make one with: {Path(__file__).name} export {folder}")
     index = json.loads((folder / "index.json").read_text())
+    start = time.monotonic()
     program = _build(folder, jobs)
+    print(f"built in {time.monotonic() - start:.0f} s", flush=True)
     command = [str(program), str(folder / "list.txt"), str(folder / "data.bin"), str(folder / "outputs.bin")]
     _write_list(folder, index)
-    print(_call(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]).strip())
     done = subprocess.run(command, capture_output=True, text=True)
-    print(done.stdout + done.stderr, end="")
     if done.returncode != 0:
+        print(done.stdout + done.stderr, end="")
         return 1
-    good = _compare(folder, index)
-    for tool in ("memcheck", "racecheck") if sanitize else ():
-        good &= _sanitize(tool, command)
+    worst, wrong = _compare(folder, index)
+    checks = [_sanitize(tool, command) for tool in (("memcheck", "racecheck") if sanitize else ())]
+    _print_table(folder, index, worst, checks)
+    print("\n".join(wrong))
+    good = not wrong and all(clean for *_, clean in checks)
     print("all good" if good else "FAILED")
     return 0 if good else 1
+
+
+def _print_table(folder: Path, index: list[dict[str, Any]], worst: Errors, checks: list[Check]) -> None:
+    device = _call(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]).strip()
+    compiler = _call(["nvcc", "--version"]).split("release ")[-1].split(",")[0]
+    cases, kernels = len({entry["case"] for entry in index}), len(list(folder.glob("k*.cu")))
+    print(f"\n{time.strftime('%Y-%m-%d')}, {device}, CUDA {compiler}")
+    print(f"{cases} cases, {kernels} kernels, {len(index)} dispatches")
+    print(f"{'kernel':24}{'dtype':10}{'dispatches':>11}{'from emulator':>15}{'from float64':>14}")
+    for (what, dtype), (count, emulator, exact) in sorted(worst.items()):
+        print(f"{what:24}{dtype:10}{count:11}{emulator:15.1e}{f'{exact:.1e}' if exact else '-':>14}")
+    for tool, verdict, _ in checks:
+        print(f"{tool:24}{'all':10}{len(index):11}  {verdict}")
 
 
 def _build(folder: Path, jobs: int) -> Path:
@@ -233,10 +257,11 @@ def _write_list(folder: Path, index: list[dict[str, Any]]) -> None:
     (folder / "list.txt").write_text("\n".join(lines) + "\n")
 
 
-def _compare(folder: Path, index: list[dict[str, Any]]) -> bool:
+def _compare(folder: Path, index: list[dict[str, Any]]) -> tuple[Errors, list[str]]:
+    """The largest errors, and a line for everything that is wrong."""
     data, outputs = (folder / "data.bin").read_bytes(), (folder / "outputs.bin").read_bytes()
-    worst: dict[tuple[str, str], list[float]] = {}
-    good, position = True, 0
+    worst: Errors = {}
+    wrong, position = [], 0
     for entry in index:
         row = worst.setdefault((entry["what"], entry["dtype"]), [0, 0.0, 0.0])
         row[0] += 1
@@ -255,12 +280,11 @@ def _compare(folder: Path, index: list[dict[str, Any]]) -> bool:
                 row[2] = max(row[2], exact_error)
                 bad |= not exact_error <= _AGAINST_EXACT[entry["dtype"]]
             if bad:
-                good = False
-                print(f"BAD {entry['what']}.{argument['name']} of {entry['case']}: {error:.1e} from the emulator")
-    print(f"\n{'kernel':24}{'dtype':10}{'dispatches':>11}{'from emulator':>15}{'from float64':>14}")
-    for (what, dtype), (count, emulator, exact) in sorted(worst.items()):
-        print(f"{what:24}{dtype:10}{count:11}{emulator:15.1e}{f'{exact:.1e}' if exact else '-':>14}")
-    return good and position == len(outputs)
+                name = f"{entry['what']}.{argument['name']}"
+                wrong.append(f"BAD {name} of {entry['case']}: {error:.1e} from the emulator")
+    if position != len(outputs):
+        wrong.append(f"BAD the program wrote {len(outputs)} bytes; expected {position}")
+    return worst, wrong
 
 
 def _decode(raw: bytes, kind: str) -> np.ndarray:
@@ -278,17 +302,17 @@ def _error(found: np.ndarray, right: np.ndarray) -> float:
     return float(np.abs(found[finite] - right[finite]).max(initial=0.0)) / scale
 
 
-def _sanitize(tool: str, command: Sequence[str]) -> bool:
+def _sanitize(tool: str, command: Sequence[str]) -> Check:
     if not shutil.which("compute-sanitizer"):
-        print(f"{tool}: compute-sanitizer is not installed")
-        return False
+        return tool, "compute-sanitizer is not installed", False
+    start = time.monotonic()
     done = subprocess.run(["compute-sanitizer", "--tool", tool, *command], capture_output=True, text=True)
-    summary = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
-    print(f"{tool}: {'; '.join(summary).replace('=', '').strip() or done.stdout[-2000:] + done.stderr[-2000:]}")
+    summary = [line.strip(" =") for line in done.stdout.splitlines() if "SUMMARY" in line]
     clean = bool(summary) and all(re.search(r"SUMMARY: 0 (errors|hazards)", line) for line in summary)
     if not clean:
-        print(done.stdout[:6000])
-    return clean and done.returncode == 0
+        print(done.stdout[:6000] + done.stderr[-2000:])
+    found = "; ".join(line.partition("SUMMARY: ")[2] for line in summary) or f"no verdict, exit {done.returncode}"
+    return tool, f"{found}, {time.monotonic() - start:.0f} s", clean and done.returncode == 0
 
 
 def _call(command: Sequence[str]) -> str:
@@ -300,15 +324,14 @@ def _call(command: Sequence[str]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("export", "run"))
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("step", nargs="?", choices=("all", "export", "run"), default="all")
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "build" / "nvidia")
     parser.add_argument("--no-sanitizer", action="store_true", help="leave out compute-sanitizer")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilations at a time")
     given = parser.parse_args()
-    if given.step == "export":
+    if given.step != "run":
         export(given.folder)
-        return 0
-    return run(given.folder, sanitize=not given.no_sanitizer, jobs=given.jobs)
+    return 0 if given.step == "export" else run(given.folder, sanitize=not given.no_sanitizer, jobs=given.jobs)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from mlxlm.kernels.attention.mask import AttentionMask
 from mlxlm.kernels.attention.problem import describe
 
 # Largest error of outputs and gradients, relative to the largest value of the reference.
-_LIMITS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+LIMITS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +187,7 @@ def _compare(
         for value, wanted in zip(values, expected, strict=True)
     ]
     worst = max(errors, key=lambda error: error if error == error else float("inf"))  # NaN is worst
-    problem = "" if worst <= _LIMITS[case.dtype] else f"relative error {worst:.1e}"
+    problem = "" if worst <= LIMITS[case.dtype] else f"relative error {worst:.1e}"
     return Check(case=case.name, implementation=implementation, error=worst, problem=problem)
 
 

@@ -197,9 +197,8 @@ def run(folder: Path, *, sanitize: bool, jobs: int) -> int:
     worst, wrong = _compare(folder, index)
     checks = [_sanitize(tool, command) for tool in (("memcheck", "racecheck") if sanitize else ())]
     _print_table(folder, index, worst, checks)
-    print("\n".join(wrong))
     good = not wrong and all(clean for *_, clean in checks)
-    print("all good" if good else "FAILED")
+    print("\n".join([*wrong, "all good" if good else "FAILED"]))
     return 0 if good else 1
 
 
@@ -260,6 +259,9 @@ def _write_list(folder: Path, index: list[dict[str, Any]]) -> None:
 def _compare(folder: Path, index: list[dict[str, Any]]) -> tuple[Errors, list[str]]:
     """The largest errors, and a line for everything that is wrong."""
     data, outputs = (folder / "data.bin").read_bytes(), (folder / "outputs.bin").read_bytes()
+    expected = sum(argument["bytes"] for entry in index for argument in entry["arguments"] if argument["writable"])
+    if len(outputs) != expected:
+        return {}, [f"BAD the program wrote {len(outputs)} bytes; expected {expected}"]
     worst: Errors = {}
     wrong, position = [], 0
     for entry in index:
@@ -282,8 +284,6 @@ def _compare(folder: Path, index: list[dict[str, Any]]) -> tuple[Errors, list[st
             if bad:
                 name = f"{entry['what']}.{argument['name']}"
                 wrong.append(f"BAD {name} of {entry['case']}: {error:.1e} from the emulator")
-    if position != len(outputs):
-        wrong.append(f"BAD the program wrote {len(outputs)} bytes; expected {position}")
     return worst, wrong
 
 

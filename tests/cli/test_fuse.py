@@ -68,8 +68,11 @@ def test_several_adapters_are_fused_with_their_weights(mlxlm_command, tiny_direc
     assert np.abs(np.array(mlxlm.load(tmp_path / "fused")[0](TOKENS)) - expected).max() < 2e-5
 
 
-def test_of_a_quantized_model_all_becomes_floats_and_nothing_is_lost(mlxlm_command, quantized_directory, tmp_path):
-    expected = with_adapter(quantized_directory, tmp_path / "adapter", peft.Lora(rank=2))
+@pytest.mark.parametrize("name", ["lora", "dora", "ia3"])
+def test_of_a_quantized_model_all_becomes_floats_and_nothing_is_lost(
+    name, mlxlm_command, quantized_directory, tmp_path
+):
+    expected = with_adapter(quantized_directory, tmp_path / "adapter", peft.METHODS[name]())
     status, _, err = mlxlm_command(
         "fuse", "--model", quantized_directory, "--adapter-path", tmp_path / "adapter", "--save-path", tmp_path / "out"
     )

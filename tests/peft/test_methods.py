@@ -1,4 +1,4 @@
-"""Every method: the papers' parameter counts, an unchanged start, files that say the same, taking out, merging."""
+"""Every method: an unchanged start, files that say the same, taking out, merging."""
 
 from __future__ import annotations
 
@@ -57,27 +57,6 @@ def test_a_method_is_saved_loaded_and_taken_out(name, family, tmp_path):
     again = peft.load_adapter(base(family), tmp_path)
     assert gap(logits(again), trained) < 2e-5
     assert gap(logits(peft.unload(again)), bare) == 0
-
-
-D, H, INNER, KV, V = 36, 48, 52, 16, 67  # of the fixture "llama": width, query heads, hidden, keys, words
-COUNTS = {
-    "lora": (peft.Lora(rank=4), 2 * 4 * ((D + H) + (D + KV))),
-    "dora": (peft.Dora(rank=4), 2 * (4 * ((D + H) + (D + KV)) + H + KV)),
-    "prompt": (peft.PromptTuning(num_tokens=7), 7 * D),
-    "prefix": (peft.PrefixTuning(num_tokens=7, projection=False), 7 * 2 * 2 * KV),
-    "prefix-mlp": (peft.PrefixTuning(num_tokens=7, hidden_dim=5), 7 * KV + (KV + 1) * 5 + (5 + 1) * 2 * 2 * KV),
-    "p-tuning": (peft.PTuning(num_tokens=7, hidden_dim=5), 7 * D + (D + 1) * 5 + (5 + 1) * 5 + (5 + 1) * D),
-    "houlsby": (peft.Houlsby(reduction=6), 2 * 2 * (2 * D * 6 + 6 + D)),
-    "pfeiffer": (peft.Pfeiffer(reduction=6), 2 * (2 * D * 6 + 6 + D)),
-    "parallel": (peft.ParallelAdapter(reduction=6), 2 * (2 * D * 6 + 6 + D)),
-    "ia3": (peft.Ia3(), 2 * (2 * KV + INNER)),
-}
-
-
-@pytest.mark.parametrize("name", COUNTS)
-def test_trained_parameters_are_as_many_as_the_paper_says(name):
-    method, expected = COUNTS[name]
-    assert peft.count_parameters(peft.apply(base("llama"), method)).trainable == expected
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "mistral"])

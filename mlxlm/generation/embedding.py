@@ -22,13 +22,16 @@ POOLINGS = ("mean", "cls", "last")
 
 
 def default_pooling(model: Transformer) -> str:
-    """What the checkpoint's files (of sentence-transformers) say; without them "mean".
+    """What the checkpoint's files (of sentence-transformers) or its GGUF header say; without them "mean".
 
     Raises UnsupportedModelError when they ask for more than pooling and normalising.
     """
+    said = getattr(getattr(model, "source", None), "pooling", None)
+    if said is not None and said not in POOLINGS:
+        raise UnsupportedModelError(f"the GGUF file asks for pooling {said!r}, which isn't implemented")
     folder = _folder(model)
-    if folder is None:
-        return "mean"
+    if said is not None or folder is None:
+        return said or "mean"
     path = folder / "1_Pooling" / "config.json"
     if (folder / "modules.json").is_file():
         modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))

@@ -116,7 +116,16 @@ class GgufDialect:
     weights: frozenset[str] | None = field(default=None)
 
     def config(self, metadata: Mapping[str, Any], tensors: GgufTensors) -> dict[str, Any]:
-        """The values of a config.json. Raises ConfigError for keys that nobody knows."""
+        """The values of a config.json. Raises ConfigError for keys that nobody knows, and for values that can't be."""
+        try:
+            return self._config(metadata, tensors)
+        except (TypeError, AttributeError, KeyError, ZeroDivisionError, OverflowError) as error:
+            raise ConfigError(
+                f"GGUF metadata of architecture {self.architecture!r}: something is missing, or of the wrong type or "
+                f"size ({type(error).__name__}: {error})"
+            ) from error
+
+    def _config(self, metadata: Mapping[str, Any], tensors: GgufTensors) -> dict[str, Any]:
         header = GgufHeader(self.architecture, metadata, tensors)
         values: dict[str, Any] = {"model_type": self.model_type}
         if "token_embd.weight" in tensors:

@@ -41,6 +41,8 @@ from mlxlm.models.weights import Rule, canonical_names, check, check_copies, to_
 if TYPE_CHECKING:
     from mlxlm.tokenizers import Tokenizer
 
+# Numbers of llama.cpp's pooling types.
+_GGUF_POOLINGS = {0: None, 1: "mean", 2: "cls", 3: "last", 4: "rank"}
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
@@ -138,8 +140,10 @@ def _open_gguf_model(checkpoint: Checkpoint, path: Path) -> OpenedModel:
     values = family.gguf.config(checkpoint.metadata, GgufTensors(shapes, read))
     config = family.read_config(values, family.gguf.weights)
     values = {**values, **_gguf_token_ids(checkpoint.metadata)}
+    number = checkpoint.metadata.get(f"{family.gguf.architecture}.pooling_type", 0)
+    pooling = _GGUF_POOLINGS.get(number, f"type {number}")
     return OpenedModel(
-        source=Source(family=family, path=path, values=values, config=config),
+        source=Source(family=family, path=path, values=values, config=config, pooling=pooling),
         checkpoint=checkpoint,
         rules=family.gguf.rules(config),
         quantizations=quantized_modules(checkpoint, None),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,8 +147,28 @@ def _dtype_name(parameters: dict[str, mx.array]) -> str:
     return max(sizes, key=lambda name: sizes[name])
 
 
+def _write_pooling(directory: Path, pooling: str, dim: int) -> None:
+    """What sentence-transformers reads of how a text becomes one vector."""
+    modes = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
+    (directory / "1_Pooling").mkdir(exist_ok=True)
+    write_json_atomic(
+        directory / "1_Pooling" / "config.json",
+        {"word_embedding_dimension": dim, **{name: mode == pooling for name, mode in modes.items()}},
+    )
+    kinds = {"": "Transformer", "1_Pooling": "Pooling"}
+    modules = [
+        {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for index, (path, kind) in enumerate(kinds.items())
+    ]
+    write_bytes_atomic(directory / "modules.json", json.dumps(modules, indent=2).encode())
+
+
 def copy_sidecars(source: Source | None, directory: Path) -> None:
-    """Copy the small files that say how a checkpoint is used, where the source is a directory that has them."""
+    """Copy the small files that say how a checkpoint is used, where the source is a directory that has them; write
+    those that say what a GGUF file says of pooling.
+    """
+    if source is not None and source.pooling is not None:
+        _write_pooling(directory, source.pooling, source.config.dim)
     if source is None or source.path is None or not source.path.is_dir():
         return
     for name in _SIDECARS:

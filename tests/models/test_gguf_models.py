@@ -12,7 +12,8 @@ from mlx.utils import tree_flatten
 
 from mlxlm.checkpoint import open_gguf
 from mlxlm.errors import ConfigError, UnsupportedModelError, UsageError
-from mlxlm.models import Transformer, family, load_model, save
+from mlxlm.generation.embedding import default_pooling
+from mlxlm.models import Transformer, family, load_model, loading, save
 from mlxlm.models.families import families, gguf_family
 from mlxlm.models.gguf_contents import gguf_contents
 from mlxlm.models.gguf_dialect import GgufTensors
@@ -196,6 +197,8 @@ SMALL = {"general.architecture": "llama", "llama.embedding_length": 64, "llama.a
         ({"llama.expert_count": 8}, "expert_count = 8, expected 0"),
         ({"llama.rope.scaling.attn_factor": 1.3}, r"attn_factor = 1\.3 is not implemented"),
         ({"llama.embedding_length": None}, r"lacks llama\.embedding_length"),
+        ({"llama.attention.head_count": 0}, "something is missing, or of the wrong type or size"),
+        ({"llama.embedding_length": "wide"}, "something is missing, or of the wrong type or size"),
     ],
 )
 def test_metadata_that_cannot_be_meant_are_refused(changes, message):
@@ -215,3 +218,23 @@ def test_which_layers_have_a_window_may_be_listed():
     metadata["gemma3.attention.sliding_window_pattern"] = np.array([True, False, True])
     values = family("gemma3_text").gguf.config(metadata, GgufTensors({}, lambda name: []))
     assert values["layer_types"] == ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+@pytest.mark.parametrize(("number", "pooling"), [(0, "mean"), (1, "mean"), (2, "cls"), (3, "last")])
+def test_a_file_says_how_texts_become_vectors(number, pooling, tmp_path, monkeypatch):
+    checkpoint = open_gguf(file_of("bert"))
+    checkpoint.metadata["bert.pooling_type"] = number
+    monkeypatch.setattr(loading, "open_gguf", lambda path: checkpoint)
+    model = load_model(file_of("bert"))
+    assert default_pooling(model) == pooling
+    save(model, None, tmp_path / "saved")
+    monkeypatch.undo()
+    assert default_pooling(load_model(tmp_path / "saved")) == pooling
+
+
+def test_a_pooling_that_there_is_not_is_refused(monkeypatch):
+    checkpoint = open_gguf(file_of("bert"))
+    checkpoint.metadata["bert.pooling_type"] = 4
+    monkeypatch.setattr(loading, "open_gguf", lambda path: checkpoint)
+    with pytest.raises(UnsupportedModelError, match="pooling 'rank'"):
+        default_pooling(load_model(file_of("bert")))

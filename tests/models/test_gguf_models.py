@@ -238,3 +238,13 @@ def test_a_pooling_that_there_is_not_is_refused(monkeypatch):
     monkeypatch.setattr(loading, "open_gguf", lambda path: checkpoint)
     with pytest.raises(UnsupportedModelError, match="pooling 'rank'"):
         default_pooling(load_model(file_of("bert")))
+
+
+@pytest.mark.parametrize(("architecture", "layers"), [("gemma2", 46), ("gemma3", 62)])
+def test_the_largest_models_scale_scores_by_the_width_there_is_for_a_head(architecture, layers):
+    """llama.cpp goes by the number of layers, since files don't hold the scale."""
+    given = {"embedding_length": 64, "attention.head_count": 4, "attention.key_length": 24}
+    for count, scalar in ((layers, 16), (26, 24)):
+        metadata = {f"{architecture}.{key}": value for key, value in {**given, "block_count": count}.items()}
+        values = gguf_family(architecture).gguf.config(metadata, GgufTensors({}, lambda name: []))
+        assert values["query_pre_attn_scalar"] == scalar

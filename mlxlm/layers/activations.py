@@ -76,3 +76,34 @@ def activation(name: str) -> Callable[[mx.array], mx.array]:
 def fused(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
     """`function` (elementwise) as one kernel on GPUs, unchanged on the CPU."""
     return function if backend() == "cpu" else mx.compile(function, shapeless=True)
+
+
+def sparing(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """`function` (elementwise), whose gradient is computed from its arguments alone, each in one operation on a GPU.
+
+    MLX's own gradient keeps what lies between arguments and result, or in a compiled step finds that it was computed
+    before and keeps it for that: for a gated layer three arrays of its width, of nine that exist at the peak. Here the
+    arguments are tied to the incoming gradient, so that nothing of the forward pass can be meant.
+    """
+
+    @mx.custom_function
+    def run(*arguments: mx.array) -> mx.array:
+        return function(*arguments)
+
+    @run.vjp
+    def run_vjp(
+        primals: mx.array | tuple[mx.array, ...], cotangent: mx.array, _: mx.array
+    ) -> mx.array | tuple[mx.array, ...]:
+        single = isinstance(primals, mx.array)
+        arguments = (primals,) if single else tuple(primals)
+        gradients = []
+        for number in range(len(arguments)):
+            own = mx.depends(list(arguments), [cotangent])  # for each argument anew, so that they share nothing
+
+            def of_one(x: mx.array, own: list[mx.array] = own, number: int = number) -> mx.array:
+                return function(*own[:number], x, *own[number + 1 :])
+
+            gradients += mx.vjp(of_one, [own[number]], [cotangent])[1]
+        return gradients[0] if single else tuple(gradients)
+
+    return run

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx import nn
 
-from mlxlm.layers.activations import activation, fused
+from mlxlm.layers.activations import activation, fused, sparing
 from mlxlm.layers.joined import FEW_TOKENS, JoinedLinear
 from mlxlm.layers.spec import Spec
+from mlxlm.runtime import backend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,10 @@ class FeedForward(nn.Module):
         super().__init__()
         self.spec = spec
         act = activation(spec.activation)
-        self._inner = fused((lambda gate, up: act(gate) * up) if spec.gated else act)
+        inner = (lambda gate, up: act(gate) * up) if spec.gated else act
+        self._inner = fused(inner)
+        # On the CPU an activation costs more than the memory that its intermediate results take.
+        self._trained = self._inner if backend() == "cpu" else sparing(inner)
         if spec.gated:
             self.gate = nn.Linear(spec.dim, spec.hidden_dim, bias=spec.bias)
         self.up = nn.Linear(spec.dim, spec.hidden_dim, bias=spec.bias)
@@ -57,9 +61,9 @@ class FeedForward(nn.Module):
             if self._joined.holds(self.gate, self.up):
                 return self.down(self.dropout(self._inner(*mx.split(self._joined(x), 2, axis=-1))))
             self._joined = None  # somebody has other weights now
-        if self.spec.gated:
-            return self.down(self.dropout(self._inner(self.gate(x), self.up(x))))
-        return self.down(self.dropout(self._inner(self.up(x))))
+        inner = self._trained if self.training else self._inner
+        hidden = inner(self.gate(x), self.up(x)) if self.spec.gated else inner(self.up(x))
+        return self.down(self.dropout(hidden))
 
     def join(self) -> None:
         """Compute gate and up as one where that is possible; for inference, see `joined`."""

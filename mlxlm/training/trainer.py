@@ -94,8 +94,9 @@ class Trainer:
     model: its trainable parameters are updated, whatever chose them.  task: the loss.  source: gives batches, see
     `mlxlm.data`.  folder: for checkpoints and metrics, None to keep nothing.  valid: makes a fresh source over the
     whole validation data.  reporters: are told what happens.  save_model: called at the end with the folder
-    `folder/model`, with the (averaged) weights in the model.  measure: further numbers of each evaluation, by name, of
-    the weights in the model.  config: goes into checkpoints as it is.
+    `folder/model`, with the (averaged) weights in the model.  measure: gives the loss on the validation data and
+    further numbers by name, of the weights in the model, instead of the task's own loss.  config: goes into checkpoints
+    as it is.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class Trainer:
         valid: Callable[[], Any] | None = None,
         reporters: Sequence[Reporter] = (),
         save_model: Callable[[Path], None] | None = None,
-        measure: Callable[[], dict[str, float]] | None = None,
+        measure: Callable[[], tuple[Evaluation, dict[str, float]]] | None = None,
         config: dict[str, Any] | None = None,
     ):
         self.model, self.source, self.settings, self.valid = model, source, settings, valid
@@ -275,10 +276,10 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Measure, keep the best; whether patience has run out."""
         started, progress = time.perf_counter(), self.progress
-        result = self.evaluate()
+        result, more = self._measured()
         progress.evaluated = progress.step
         metrics = {"valid_loss": result.loss, "perplexity": result.perplexity, "count": result.count}
-        self._tell("on_evaluation", {"step": progress.step, **metrics, **self._own_measures()})
+        self._tell("on_evaluation", {"step": progress.step, **metrics, **more})
         if progress.best is None or result.loss < progress.best:
             progress.best, progress.best_step, progress.stale = result.loss, progress.step, 0
             if self.checkpoints is not None and self._save():
@@ -288,10 +289,10 @@ class Trainer:
         self._clock.paused += time.perf_counter() - started
         return bool(self.settings.patience) and progress.stale >= self.settings.patience
 
-    def _own_measures(self) -> dict[str, float]:
-        """What `measure` gives for the (averaged) weights."""
+    def _measured(self) -> tuple[Evaluation, dict[str, float]]:
+        """The loss on the validation data and further numbers, of the (averaged) weights."""
         if self.measure is None:
-            return {}
+            return self.evaluate(), {}
         self.step.give_back(averaged=True)
         try:
             return self.measure()

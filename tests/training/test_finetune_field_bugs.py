@@ -9,7 +9,7 @@ import signal
 import mlx.core as mx
 import numpy as np
 import pytest
-from finetune_runs import completions, labelled, mean_loss, run, settings, write
+from finetune_runs import completions, labelled, mean_loss, run, settings, tagged, write
 from mlx.utils import tree_flatten
 
 import mlxlm
@@ -91,10 +91,28 @@ def test_bug_1_the_loss_of_chats_is_that_of_the_turns_to_be_learned(tiny_directo
     assert first_loss(tmp_path / "out") == pytest.approx(mean_loss(model, marked), rel=2e-5)
 
 
+@pytest.mark.parametrize(("rows", "kind"), [(labelled, "sequence"), (tagged, "tokens")], ids=["texts", "words"])
+def test_bug_1_the_loss_of_labels_is_that_of_each_row_alone(tiny_directory, tmp_path, rows, kind):
+    data = write(tmp_path / "data", train=rows(7), valid=rows(7))
+    made = settings(tiny_directory, data, tmp_path / "out", **{**STILL, "batch_size": 7})
+    prepared = prepare(made, say=lambda text: None)
+    expected = total = 0.0
+    for example in prepared.examples.splits["valid"]:
+        logits = np.array(prepared.model(mx.array([example.tokens]))[0], dtype=np.float64).reshape(-1, 2)
+        places = example.label if isinstance(example.label, list) else [example.label]
+        for row, label in zip(logits, places, strict=True):
+            if label >= 0:
+                expected, total = expected + np.log(np.exp(row).sum()) - row[label], total + 1
+    outcome = prepared.train([MetricsFile(made.folder)])
+    assert outcome.before["loss"] == pytest.approx(expected / total, rel=1e-5)
+    if kind == "sequence":  # a head over tokens has dropout, so that its training loss is another one
+        assert first_loss(tmp_path / "out") == pytest.approx(expected / total, rel=1e-5)
+
+
 def test_bug_2_rows_of_a_batch_are_of_like_length(tiny_directory, tmp_path):
     data = write(tmp_path / "data", train=completions(240))
     made = settings(tiny_directory, data, tmp_path / "out", epochs=1, iters=None, batch_size=8, valid_fraction=0)
-    source = prepare(made, say=lambda text: None).examples.source(made, 8)
+    source = prepare(made, say=lambda text: None).examples.source(made)
     source.multiple = 1
     padded = real = 0
     while (batch := source.next()) is not None:

@@ -13,7 +13,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlxlm.data import IGNORE, Example
-from mlxlm.generation import generate_batch, label_logits, marked, score_labels
+from mlxlm.generation import batch_generate, label_logits, marked, score_labels
+from mlxlm.training.evaluation import Evaluation
 from mlxlm.training.finetune.data import Kind, question
 from mlxlm.training.reporters import Reporter
 
@@ -61,7 +62,7 @@ def answers(
                 for example, logits in zip(examples, label_logits(model, examples), strict=True)
             ]
         asked = [_question(example)[0] for example in examples]
-        return [text.strip() for text in generate_batch(model, tokenizer, asked, max_tokens=most)]
+        return [text.strip() for text in batch_generate(model, tokenizer, asked, max_tokens=most)]
 
 
 def shown(tokenizer: Tokenizer, kind: Kind, labels: Sequence[str], example: Example) -> tuple[str, str]:
@@ -94,17 +95,24 @@ def askable(examples: Sequence[Example], kind: Kind, count: int) -> list[Example
 
 def label_measures(
     model: Transformer, examples: Sequence[Example], labels: Sequence[str], batch_size: int
-) -> dict[str, float]:
-    """Accuracy and F1 of a model's labels, see `LabelScores`."""
+) -> tuple[Evaluation, dict[str, float]]:
+    """The mean loss of labels, and their accuracy and F1, see `LabelScores`, in one pass over the examples."""
     with untouched_chance(model):
         logits = label_logits(model, examples, batch_size=batch_size)
-    if isinstance(examples[0].label, list):
-        right = [[labels[label] for label in example.label if label != IGNORE] for example in examples]
-        given = [[labels[i] for i in row[marked(one)].argmax(-1)] for one, row in zip(examples, logits, strict=True)]
-        return score_labels(right, given).to_json()
-    return score_labels(
-        [labels[example.label] for example in examples], [labels[int(row.argmax())] for row in logits]
-    ).to_json()
+    right, given, loss, count = [], [], 0.0, 0
+    for example, found in zip(examples, logits, strict=True):
+        tagged = isinstance(example.label, list)
+        scores = np.atleast_2d(found[marked(example)] if tagged else found).astype(np.float64)
+        wanted = np.array(example.label).reshape(-1)
+        wanted = wanted[wanted != IGNORE]
+        top = scores.max(-1)
+        of_right = scores[np.arange(len(wanted)), wanted]
+        loss += float((top + np.log(np.exp(scores - top[:, None]).sum(-1)) - of_right).sum())
+        count += len(wanted)
+        names = [labels[i] for i in wanted], [labels[i] for i in scores.argmax(-1)]
+        right.append(names[0] if tagged else names[0][0])
+        given.append(names[1] if tagged else names[1][0])
+    return Evaluation(loss / count, count), score_labels(right, given).to_json()
 
 
 def exact_matches(

@@ -118,25 +118,26 @@ class Examples:
                     counts[self.labels[label]] += 1
         return counts
 
-    def source(self, settings: FinetuneSettings, batch_size: int) -> SupervisedSource:
+    def source(self, settings: FinetuneSettings) -> SupervisedSource:
         """The batches to train on."""
         epochs = None if settings.iters is not None else settings.epochs or 3
         return SupervisedSource(
-            self.splits["train"], batch_size, max_length=self.max_length, epochs=epochs, packing=settings.packing,
-            decoder_start=self.decoder_start, seed=settings.seed,
+            self.splits["train"], settings.batch_size, max_length=self.max_length, epochs=epochs, seed=settings.seed,
+            packing=settings.packing, decoder_start=self.decoder_start,
         )  # fmt: skip
 
-    def measured(self, split: str, settings: FinetuneSettings, batch_size: int) -> Callable[[], SupervisedSource]:
-        """What makes a fresh source over a split; of the validation rows as many batches as wanted.
-
-        Rows are sorted by length, which changes no sum and saves padding.
-        """
-        examples = self.splits[split]
+    def measured(self, split: str, settings: FinetuneSettings) -> list[Example]:
+        """The examples of a split that are measured: all, or of the validation rows as many batches as wanted."""
         if split == "valid" and settings.val_batches > 0:
-            examples = examples[: settings.val_batches * batch_size]
+            return self.splits[split][: settings.val_batches * settings.batch_size]
+        return self.splits[split]
+
+    def measuring(self, split: str, settings: FinetuneSettings) -> Callable[[], SupervisedSource]:
+        """What makes a fresh source over those, sorted by length, which changes no sum and saves padding."""
+        examples = self.measured(split, settings)
         ordered = sorted(examples, key=lambda example: max(len(example.tokens), len(example.target or ())))
         return lambda: SupervisedSource(
-            ordered, batch_size, max_length=self.max_length, epochs=1, shuffle=False, packing=settings.packing,
+            ordered, settings.batch_size, max_length=self.max_length, epochs=1, shuffle=False, packing=settings.packing,
             decoder_start=self.decoder_start,
         )  # fmt: skip
 

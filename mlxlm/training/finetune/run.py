@@ -22,7 +22,7 @@ from mlxlm.models import SequenceHeadSpec, Transformer, load, save, with_classif
 from mlxlm.peft.files import check_layout
 from mlxlm.training import plan as plans
 from mlxlm.training.checkpoints import Checkpoints
-from mlxlm.training.evaluation import evaluate
+from mlxlm.training.evaluation import Evaluation, evaluate
 from mlxlm.training.finetune import data as rows_of
 from mlxlm.training.finetune.answers import (
     Comparison,
@@ -112,7 +112,7 @@ class Run:
         wanted, valid = self.settings, "valid" in self.examples.splits
         steps = wanted.iters
         if steps is None:
-            source = self.examples.source(wanted, wanted.batch_size)
+            source = self.examples.source(wanted)
             steps = math.ceil(source.num_batches(wanted.epochs or 3) / wanted.grad_accumulation_steps)
         every = self._evaluation_interval(steps) if wanted.steps_per_eval is None else wanted.steps_per_eval
         warmup = min(100, steps // 20) if wanted.warmup_steps is None else wanted.warmup_steps
@@ -131,7 +131,7 @@ class Run:
         """A tenth of the run, or more where an evaluation takes longer than the steps in between."""
         if "valid" not in self.examples.splits:
             return 0
-        batches = self.examples.measured("valid", self.settings, self.settings.batch_size)().num_batches(1)
+        batches = self.examples.measuring("valid", self.settings)().num_batches(1)
         return min(max(math.ceil(steps / 10), math.ceil(batches / self.settings.grad_accumulation_steps)), steps)
 
     def train(self, reporters: Sequence[Reporter] = (), *, resume: bool = False) -> Outcome:
@@ -177,11 +177,11 @@ class Run:
     def _trainer(self, reporters: Sequence[Reporter]) -> Trainer:
         settings, examples = self.settings, self.examples
         labels = examples.kind in ("sequence", "tokens")
-        valid = examples.measured("valid", settings, settings.batch_size) if "valid" in examples.splits else None
+        valid = examples.measuring("valid", settings) if "valid" in examples.splits else None
         return Trainer(
             self.model,
             LabelLoss() if labels else WordLoss(chunk=settings.loss_chunk),
-            examples.source(settings, settings.batch_size),
+            examples.source(settings),
             self.train_settings,
             settings.folder,
             valid=valid,
@@ -214,17 +214,19 @@ class Run:
 
     def _measures(self, trainer: Trainer, split: str, final: bool = False) -> dict[str, float]:
         examples, settings = self.examples, self.settings
-        made = evaluate(trainer.step, examples.measured(split, settings, settings.batch_size)())
         if examples.kind in ("sequence", "tokens"):
-            return {"loss": made.loss, **self._label_measures(split)}
+            made, scores = self._label_measures(split)
+            return {"loss": made.loss, **scores}
+        made = evaluate(trainer.step, examples.measuring(split, settings)())
         found = {"loss": made.loss, "perplexity": made.perplexity}
         if final:
             kind, rows = examples.kind, examples.splits[split]
             found |= exact_matches(self.model, self.tokenizer, kind, rows, settings.exact_match)
         return found
 
-    def _label_measures(self, split: str) -> dict[str, float]:
-        return label_measures(self.model, self.examples.splits[split], self.examples.labels, self.settings.batch_size)
+    def _label_measures(self, split: str) -> tuple[Evaluation, dict[str, float]]:
+        rows = self.examples.measured(split, self.settings)
+        return label_measures(self.model, rows, self.examples.labels, self.settings.batch_size)
 
     def _keep_settings(self, resume: bool) -> None:
         """Write the settings into the folder. A resumed run must have those that it began with."""

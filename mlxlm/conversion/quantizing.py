@@ -55,7 +55,8 @@ class Quantize:
                 result[name] = self.floats[name].astype(array.dtype) if name in self.floats else array
                 continue
             packed = self.prepared[path] if path in self.prepared else quantize(array, form)
-            if self.measure:
+            # A scaled module's weight is no longer the source's, so there is nothing to compare it with.
+            if self.measure and not (path in self.prepared and self.floats):
                 self.errors[path] = self._error(path, array, packed, form)
             parts = zip(("weight", "scales", "biases"), packed, strict=True)
             result |= {f"{path}.{kind}": part for kind, part in parts if part is not None}

@@ -243,9 +243,7 @@ class GgufJob:
             "general.file_type": _FILE_TYPES[target.kind],
             "general.quantization_version": 2,
         }
-        vocabulary = (
-            {} if tokenizer is None else gguf_vocabulary(tokenizer, len_of_table=source.config.embeddings.vocab_size)
-        )
+        vocabulary = {} if tokenizer is None else gguf_vocabulary(tokenizer, source.config.embeddings.vocab_size)
         self.metadata = general | contents.metadata | vocabulary
 
     def files(self, moves: list[Move]) -> dict[str, FileLayout]:

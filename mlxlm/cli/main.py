@@ -10,6 +10,7 @@ import typer
 
 from mlxlm.cli.chat import chat
 from mlxlm.cli.classify import classify
+from mlxlm.cli.convert import convert
 from mlxlm.cli.doctor import doctor
 from mlxlm.cli.embed import embed
 from mlxlm.cli.evaluate import evaluate
@@ -33,10 +34,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (
-    generate, chat, embed, fill_mask, classify, finetune, evaluate, plot, pretrain, families, fuse, doctor, plan,
-):  # fmt: skip
-    app.command(verb.__name__.replace("_", "-"), no_args_is_help=verb in (fill_mask, classify))(verb)
+_VERBS = (generate, chat, embed, fill_mask, classify, finetune, evaluate, plot, pretrain, families, convert, fuse)
+for verb in (*_VERBS, doctor, plan):
+    app.command(verb.__name__.replace("_", "-"), no_args_is_help=verb in (fill_mask, classify, convert))(verb)
 app.add_typer(tokenizer)
 
 

@@ -15,7 +15,7 @@ from mlxlm.tokenizers import Tokenizer
 from mlxlm.version import __version__
 
 if TYPE_CHECKING:
-    from mlxlm.conversion.convert import Conversion, Target
+    from mlxlm.conversion.conversion import Conversion, Target
 
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 _CARRIED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")

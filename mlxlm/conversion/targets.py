@@ -78,13 +78,15 @@ class MlxTarget:
     """A folder that mlx-lm loads, quantized.
 
     recipe: None keeps the packed modules of the source as they are.  dtype: of the floats, see `HubTarget`.
-    prepared, floats: what a calibrated method made of the weights, see `Quantize`.  max_shard_bytes: of one file.
+    prepared, floats: what a calibrated method made of the weights, see `Quantize`; method: names it and what it was
+    calibrated on.  max_shard_bytes: of one file.
     """
 
     recipe: Recipe | None
     dtype: str | None = None
     prepared: Mapping[str, Packed] = field(default_factory=dict, repr=False)
     floats: Mapping[str, mx.array] = field(default_factory=dict, repr=False)
+    method: str = "round"
     max_shard_bytes: int = 5 * 10**9
 
     def job(self, opened: OpenedModel, tokenizer: Tokenizer | None, output: Path) -> FolderJob:

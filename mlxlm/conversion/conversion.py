@@ -90,12 +90,14 @@ def convert(
     origin: str | None = None,
     notes: str = "",
     progress: Progress | None = None,
+    judge: Callable[[Path], str] | None = None,
 ) -> Conversion:
     """Convert a local model; the result appears at `output` when it is whole.
 
     source: a directory (safetensors, PyTorch files; float, MLX-quantized, GPTQ, AWQ, floats of 8 bits) or a .gguf file.
     output: a folder, for `GgufTarget` a file; nothing may stand there.  origin: what the card calls the source, such as
-    its hub id.  notes: Markdown for the card.  progress: see `Progress`.
+    its hub id.  notes: Markdown for the card.  progress: see `Progress`.  judge: is shown the whole result before it
+    has its name, may refuse it by an error of this package, and gives more Markdown for the card.
 
     Memory: the tensors of one move (a module, or what is stored together with it) and their results. An interrupted
     conversion goes on where it was when it is called again with the same arguments.
@@ -130,6 +132,9 @@ def convert(
         parts.sync()
         result = _result(output, job, moves, parts)
         job.finish(parts.folder, moves)
+        if judge is not None:
+            is_file = isinstance(target, GgufTarget)
+            notes += "\n\n" + judge(parts.folder / output.name if is_file else parts.folder)
         card = model_card(result, opened, target, tokenizer, origin=origin, notes=notes)
         if not isinstance(target, GgufTarget):
             write_bytes_atomic(parts.folder / "README.md", card.encode("utf-8"))

@@ -27,9 +27,7 @@ def convert(
     ] = None,
     to: Annotated[
         str | None,
-        typer.Option(
-            "--to", help="hf: floats; mlx: quantized; gguf: a file for llama.cpp; default as the other options ask for."
-        ),
+        typer.Option("--to", help="hf: floats; mlx: quantized; gguf: one file; default as the other options ask for."),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="Of floats: float32, float16, bfloat16; default as they are.")

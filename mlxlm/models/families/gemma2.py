@@ -8,21 +8,21 @@ from dataclasses import replace
 from typing import Any
 
 from mlxlm.models.config import TransformerConfig
-from mlxlm.models.families.gemma import (
-    parse_block,
-    parse_model,
-    parse_windows,
-    query_scalar,
-    rules,
-    unparse_model,
-    unparse_windows,
-)
 from mlxlm.models.family import Family
 from mlxlm.models.gated_decoders import GGUF_KEYS
 from mlxlm.models.gguf_dialect import GgufDialect, GgufHeader
 from mlxlm.models.gguf_weights import gguf_rules
 from mlxlm.models.hub_config import HubConfig, hub_activation
 from mlxlm.models.rotary_config import parse_rotary, unparse_rotary
+from mlxlm.models.scaled_decoders import (
+    parse_block,
+    parse_model,
+    parse_windows,
+    query_scalar,
+    scaled_rules,
+    unparse_model,
+    unparse_windows,
+)
 
 _CLASSES = ("Gemma2Model", "Gemma2ForCausalLM")
 
@@ -87,4 +87,4 @@ GGUF = GgufDialect(
     read=_read_gguf,
 )
 
-FAMILY = Family(name="Gemma 2", model_types=("gemma2",), parse=parse, unparse=unparse, rules=rules, gguf=GGUF)
+FAMILY = Family(name="Gemma 2", model_types=("gemma2",), parse=parse, unparse=unparse, rules=scaled_rules, gguf=GGUF)

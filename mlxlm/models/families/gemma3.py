@@ -9,15 +9,6 @@ from typing import Any
 
 from mlxlm.layers import RMSNormSpec
 from mlxlm.models.config import TransformerConfig
-from mlxlm.models.families.gemma import (
-    parse_block,
-    parse_model,
-    parse_windows,
-    query_scalar,
-    rules,
-    unparse_model,
-    unparse_windows,
-)
 from mlxlm.models.families.gemma2 import read_query_scalar
 from mlxlm.models.family import Family
 from mlxlm.models.gated_decoders import GGUF_KEYS
@@ -25,6 +16,15 @@ from mlxlm.models.gguf_dialect import GgufDialect, GgufHeader
 from mlxlm.models.gguf_weights import gguf_rules
 from mlxlm.models.hub_config import HubConfig, hub_activation
 from mlxlm.models.rotary_config import parse_layered_rotary, unparse_layered_rotary
+from mlxlm.models.scaled_decoders import (
+    parse_block,
+    parse_model,
+    parse_windows,
+    query_scalar,
+    scaled_rules,
+    unparse_model,
+    unparse_windows,
+)
 
 _CLASSES = ("Gemma3TextModel", "Gemma3ForCausalLM")
 _BASES = {"full_attention": 1e6, "sliding_attention": 1e4}
@@ -103,4 +103,6 @@ GGUF = GgufDialect(
     write=_write_gguf,
 )
 
-FAMILY = Family(name="Gemma 3", model_types=("gemma3_text",), parse=parse, unparse=unparse, rules=rules, gguf=GGUF)
+FAMILY = Family(
+    name="Gemma 3", model_types=("gemma3_text",), parse=parse, unparse=unparse, rules=scaled_rules, gguf=GGUF
+)

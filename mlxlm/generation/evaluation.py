@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mlxlm.data import Encoding, Example, Rows, encode_rows
@@ -20,7 +20,7 @@ from mlxlm.generation.classification import classify, head_labels, tag
 from mlxlm.generation.decoding import batch_generate
 from mlxlm.generation.label_scores import score_labels
 from mlxlm.generation.perplexity import perplexity
-from mlxlm.generation.scoring import context_limit, score_examples
+from mlxlm.generation.scoring import context_limit, cut_left, score_examples
 from mlxlm.generation.steps import check_generates
 
 if TYPE_CHECKING:
@@ -135,26 +135,32 @@ def _choices(
     """
     check_generates(model)
     if rows.format == "preference":
-        values = [{**row, "choices": [row["chosen"], row["rejected"]], "answer": 0} for row in values]
-    examples, texts = [], []
-    for row in values:
+        values = [{**row, "choices": [row["chosen"], row["rejected"]], "answer": row["chosen"]} for row in values]
+    limit = context_limit(model) if settings.truncate else None
+    examples, texts, cut = [], [], 0
+    for (where, _), row in zip(rows.rows, values, strict=True):
         for choice in row["choices"]:
             gap = "" if row["prompt"][-1:].isspace() or choice[:1].isspace() or model.config.has_memory else " "
-            examples.append(answer_example(model, tokenizer, row["prompt"], gap + choice))
+            example = replace(answer_example(model, tokenizer, row["prompt"], gap + choice), where=where)
+            fitted = example if limit is None else cut_left(example, limit)
+            cut += len(fitted.tokens) < len(example.tokens)
+            examples.append(fitted)
             texts.append(choice)
     scores = iter(zip(texts, examples, score_examples(model, examples, batch_size=settings.batch_size), strict=True))
-    predicted, right, chance = [], 0, []
+    predicted: list[Any] = []
+    right, chance = 0, []
     for row in values:
         mine = [normalized(*next(scores), settings.normalize) for _ in row["choices"]]
         best = max(range(len(mine)), key=lambda index: mine[index].score)
-        answer = row["choices"].index(row["answer"]) if isinstance(row["answer"], str) else row["answer"]
-        predicted.append(best)
-        right += best == answer
+        named = isinstance(row["answer"], str)
+        predicted.append(row["choices"][best] if named else best)  # as the row itself gives the answer
+        right += predicted[-1] == row["answer"]
         chance.append(1 / len(mine))
     numbers = {
         "accuracy": right / len(values), "chance": math.fsum(chance) / len(chance), "normalize": settings.normalize
     }  # fmt: skip
-    return RowScores(format=rows.format, count=len(rows), values=numbers, predicted=predicted)
+    notes = [f"{cut} of {len(examples)} prompts with a choice were cut on the left"] if cut else []
+    return RowScores(format=rows.format, count=len(rows), values=numbers, predicted=predicted, notes=notes)
 
 
 def _answers(

@@ -11,7 +11,7 @@ from mlxlm.generation.choice import answer_example
 from mlxlm.generation.decoding import stream_generate
 from mlxlm.generation.perplexity import LONGEST_WINDOW, start_token, windows
 from mlxlm.generation.sampling import Sampling
-from mlxlm.generation.scoring import Score, context_limit, score_examples
+from mlxlm.generation.scoring import Score, context_limit, cut_left, score_examples
 from mlxlm.generation.steps import check_generates
 
 if TYPE_CHECKING:
@@ -107,8 +107,7 @@ class Requests:
             # A space at the end of a context belongs to the word that follows it.
             bare = context.rstrip() if context.strip() else context
             example = answer_example(self.model, self.tokenizer, bare, context[len(bare) :] + continuation)
-        limit = self.max_length + (example.target is None)
-        return Example(example.tokens[-limit:], example.scored[-limit:], target=example.target)
+        return cut_left(example, self.max_length)
 
     def _start(self) -> int:
         start = start_token(self.tokenizer)

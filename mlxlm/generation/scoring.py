@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -49,7 +49,8 @@ def score_examples(model: Transformer, examples: Sequence[Example], *, batch_siz
         check_ids(model, [*example.tokens, *(example.target or ())])
         longest = max(len(example.tokens) - (example.target is None), len(example.target or ()))
         if limit is not None and longest > limit:
-            raise PromptError(f"the text has {longest} tokens, but the model's context is {limit}; shorten it")
+            where = f"{example.where}: " if example.where else ""
+            raise PromptError(f"{where}the text has {longest} tokens, but the model's context is {limit}; shorten it")
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].tokens))
     scores: dict[int, Score] = {}
     for start in range(0, len(order), batch_size):
@@ -63,6 +64,12 @@ def context_limit(model: Transformer) -> int | None:
     table = model.config.embeddings.positions
     limit = getattr(table, "limit", None) or model.config.max_length
     return None if limit is None else limit - model.virtual_length
+
+
+def cut_left(example: Example, limit: int) -> Example:
+    """The example with the last tokens of its context alone, so that a model reads at most `limit` of them."""
+    kept = limit + (example.target is None)  # the last token of a single stack is predicted and not read
+    return replace(example, tokens=example.tokens[-kept:], scored=example.scored[-kept:])
 
 
 def _score(model: Transformer, examples: list[Example]) -> list[Score]:

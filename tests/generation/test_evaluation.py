@@ -123,7 +123,7 @@ def test_the_likeliest_choice_is_predicted(normalize, batch_size, tiny):
         expected.append(int(np.argmax(scores)))
     settings = EvaluationSettings(batch_size=batch_size, normalize=normalize)
     found = evaluate_rows(model, tokenizer, rows_of(*CHOICES), settings)
-    assert found.predicted == expected
+    assert found.predicted == [CHOICES[0]["choices"][expected[0]], *expected[1:]]  # as the rows give the answer
     hits = sum(one == answer for one, answer in zip(expected, (2, 1, 0), strict=True))
     assert found.values["accuracy"] == hits / 3
     assert found.values["chance"] == pytest.approx((1 / 3 + 1 / 2 + 1 / 3) / 3)
@@ -134,6 +134,22 @@ def test_a_preference_is_a_choice_of_two(tiny):
     turned = [{"prompt": "the sky is", "chosen": "a cup of tea", "rejected": "blue"}]
     one, other = (evaluate_rows(*tiny, rows_of(*rows)).values["accuracy"] for rows in (pairs, turned))
     assert {one, other} == {0.0, 1.0}
+
+
+def test_a_long_prompt_of_choices_is_an_error_or_loses_its_beginning(tiny):
+    model, tokenizer = tiny
+    limit = model.config.max_length
+    rows = rows_of({"prompt": "a" * 90 + "bc", "choices": ["dd", "ee"], "answer": 0})
+    with pytest.raises(PromptError, match=r"row 1: the text has \d+ tokens"):
+        evaluate_rows(model, tokenizer, rows)
+    found = evaluate_rows(model, tokenizer, rows, EvaluationSettings(truncate=True, normalize="none"))
+    assert found.notes == ["2 of 2 prompts with a choice were cut on the left"]
+    scores = []
+    for choice in (" dd", " ee"):
+        ids = tokenizer.encode("a" * 90 + "bc" + choice, add_special_tokens=False)[-limit - 1 :]
+        table = log_softmax(model(mx.array([ids[:-1]]))[0])
+        scores.append(sum(table[-back, ids[-back]] for back in (1, 2, 3)))
+    assert found.predicted == [int(np.argmax(scores))]
 
 
 def test_choices_that_mean_nothing_are_refused():

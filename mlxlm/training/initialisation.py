@@ -14,7 +14,8 @@ _RESIDUAL = ("attention.output.weight", "cross_attention.output.weight", "feed_f
 
 def initialise(model: Transformer, seed: int, *, scale: float = 0.02) -> None:
     """Draw all weights anew: normal(0, scale) for matrices, divided by sqrt(2 * layers) for those that add to the
-    residual stream (Radford et al. 2019, GPT-2, section 2.3); 0 for biases, identity for norms.
+    residual stream (Radford et al. 2019, GPT-2, section 2.3); 0 for biases, identity for norms. A table of words whose
+    head multiplies the logits by a factor, as T5's does, is divided by it; Adam would take a thousand steps to get there.
 
     layers: of the stack that a weight belongs to.  scale: default 0.02.  seed: with the name of a weight it decides its
     values, so a model with one layer more has the same first layers.
@@ -35,10 +36,18 @@ def initialise(model: Transformer, seed: int, *, scale: float = 0.02) -> None:
             deviation = scale
             if name.endswith(_RESIDUAL):
                 deviation = scale / (2 * layers[name.partition(".")[0]]) ** 0.5
+            elif name == "embeddings.token.weight":
+                deviation = scale / _logit_scale(model)
             values = mx.random.normal(array.shape, scale=deviation, key=_key(seed, name), dtype=array.dtype)
             drawn.append((name, values))
     model.update(tree_unflatten(drawn))
     mx.eval(model.parameters())
+
+
+def _logit_scale(model: Transformer) -> float:
+    """What a head that shares the table of words multiplies its logits by; 1 for all other heads and models."""
+    head = model.config.head
+    return head.scale if model.config.predicts_words and head.tied else 1.0
 
 
 def _key(seed: int, name: str) -> mx.array:

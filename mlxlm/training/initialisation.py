@@ -15,7 +15,8 @@ _RESIDUAL = ("attention.output.weight", "cross_attention.output.weight", "feed_f
 def initialise(model: Transformer, seed: int, *, scale: float = 0.02) -> None:
     """Draw all weights anew: normal(0, scale) for matrices, divided by sqrt(2 * layers) for those that add to the
     residual stream (Radford et al. 2019, GPT-2, section 2.3); 0 for biases, identity for norms. A table of words whose
-    head multiplies the logits by a factor, as T5's does, is divided by it; Adam would take a thousand steps to get there.
+    head multiplies the logits by a factor, as T5's does, is divided by it: Adam would take a thousand steps to get
+    there.
 
     layers: of the stack that a weight belongs to.  scale: default 0.02.  seed: with the name of a weight it decides its
     values, so a model with one layer more has the same first layers.

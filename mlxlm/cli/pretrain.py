@@ -60,7 +60,8 @@ def pretrain(
     changes += [(name, value) for name, value in flags.items() if value is not None]
     checked = recipe.check(recipe.override(values, changes)).fitted()
     trainer = checked.trainer([Console(), MetricsFile(checked.folder)], resume=resume)
-    result = trainer.run(resume=resume)
+    with checked.held():
+        result = trainer.run(resume=resume)
     if result.reason in ("SIGINT", "SIGTERM"):
         print(
             f"{result.reason} after step {result.step}; the checkpoint is saved. "

@@ -1,28 +1,31 @@
 """The memory plan: what a training step will take, in bytes by part, before anything is loaded.
 
-Computed from the configuration of the model alone. Two moments of a step may be the largest: the start of the backward
-pass, when all activations are alive, and the update, when all gradients are and the optimizer works on the largest
-weights. The plan is the larger of both.
+Computed from shapes alone. Two moments of a step may be the largest: the start of the backward pass, when all
+activations are alive, and the update, when all gradients are and the optimizer works on the largest weights. The plan
+is the larger of both.
+
+    settings = fit(model, PlanSettings(batch_size=8, length=2048), limit)      # or check(...), which refuses
+    with held_to(predict(model, settings)):
+        trainer.run()
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from math import prod
 
 import mlx.core as mx
-from mlx import nn
-from mlx.utils import tree_flatten
 
 from mlxlm import runtime
 from mlxlm.errors import MlxlmError, UsageError, nearest
 from mlxlm.kernels.cross_entropy import default_chunk
 from mlxlm.models import Transformer, TransformerConfig
 from mlxlm.training.plan_activations import Activations, activations_of
+from mlxlm.training.plan_weights import STATES, WIDTHS, Weights, weights_of
+from mlxlm.training.step import JOINED
 
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-# Float32 arrays of the optimizer's state for each trained one.
-_STATES = {"adamw": 2, "lion": 1, "sgd": 1, "muon": 1, "adafactor": 0}
+Model = Transformer | TransformerConfig
 
 
 class MemoryPlanError(MlxlmError):
@@ -35,8 +38,8 @@ class PlanSettings:
 
     batch_size: rows of one pass.  accumulation: passes of one update, default 1.  length: tokens of a row.
     target_length: tokens of a decoder behind an encoder, default as many.
-    trained: parameters that are trained, None for all of the model's; further ones are added to the model's.
-    dtype: to compute in.  master_weights: trained weights, gradients and state in float32.  optimizer: its name.
+    dtype: to compute in.  master_weights: trained weights and the optimizer's state in float32.  optimizer: its name.
+    average: whether a moving average of the weights is kept.
     recompute_layers: layers of each stack that are computed again, -1 for all.  chunk: words of the loss at once, None
     for the kernel's choice.  targets: share of the tokens that are predicted, default 1.
     """
@@ -45,19 +48,19 @@ class PlanSettings:
     length: int
     accumulation: int = 1
     target_length: int | None = None
-    trained: int | None = None
     dtype: str = "float32"
     master_weights: bool = True
     optimizer: str = "adamw"
+    average: bool = False
     recompute_layers: int = 0
     chunk: int | None = None
     targets: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.dtype not in BYTES:
-            raise UsageError(f"unknown dtype {self.dtype!r}{nearest(self.dtype, BYTES)}")
-        if self.optimizer not in _STATES:
-            raise UsageError(f"unknown optimizer {self.optimizer!r}{nearest(self.optimizer, _STATES)}")
+        if self.dtype not in WIDTHS:
+            raise UsageError(f"unknown dtype {self.dtype!r}{nearest(self.dtype, WIDTHS)}")
+        if self.optimizer not in STATES:
+            raise UsageError(f"unknown optimizer {self.optimizer!r}{nearest(self.optimizer, STATES)}")
         if min(self.batch_size, self.length, self.accumulation) < 1:
             raise UsageError("batch size, length and accumulation are at least 1")
 
@@ -66,85 +69,85 @@ class PlanSettings:
 class MemoryPlan:
     """Bytes of a training step by part.
 
-    weights: in the dtype of the computation.  master_weights: their float32 copies.  optimizer: its state.
-    gradients: of what is trained.  update: what the optimizer works with on its largest weights.
-    activations: kept for the gradients.  recomputation: of one layer that is computed again, while it is.
-    attention: scores that exist at once.  loss: of a chunk of the logits, and the hidden states' gradients.
+    weights: in the dtype of the computation.  master_weights: their float32 copies.  average: of the trained weights.
+    optimizer: its state.  gradients: of what is trained.  summed: gradients of the passes before this one.
+    update: what the gradient's norm and the optimizer work with.
+    activations: kept for the gradients.  backward: what the backward pass of a block works with, the block itself
+    where it is computed again.  loss: of a chunk of the logits, and the hidden states' gradients.
     """
 
     weights: int
     master_weights: int
+    average: int
     optimizer: int
     gradients: int
+    summed: int
     update: int
     activations: int
-    recomputation: int
-    attention: int
+    backward: int
     loss: int
 
     @property
     def lasting(self) -> int:
-        """What exists between steps."""
-        return self.weights + self.master_weights + self.optimizer
+        """What exists for the whole of a step."""
+        return self.weights + self.master_weights + self.average + self.optimizer
 
     @property
     def peak(self) -> int:
         """The most that exists at once."""
-        forward = self.activations + max(self.loss, self.recomputation + self.attention)
-        return self.lasting + max(forward, self.gradients + self.update)
+        first = self.activations + max(self.loss, self.backward)  # of the last block, when nothing is free yet
+        return self.lasting + self.summed + max(first, self.gradients + max(self.backward, self.update))
 
     def parts(self) -> dict[str, int]:
         """Bytes by the name of the part."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def parameter_sizes(config: TransformerConfig) -> dict[str, int]:
-    """Elements of each parameter by name. MLX computes nothing before it must, so this takes no memory."""
-    with mx.stream(mx.cpu):
-        return {name: prod(array.shape) for name, array in tree_flatten(Transformer(config).parameters())}
+def predict(model: Model, settings: PlanSettings) -> MemoryPlan:
+    """The memory of a training step.
+
+    model: as it will be trained, so with its adapters and with what is frozen frozen; or a configuration, of which all
+    is trained.
+    """
+    return _predict(_config(model), settings, weights_of(model))
 
 
-def low_rank_parameters(config: TransformerConfig, rank: int) -> int:
-    """Parameters that adapters of a rank add to all linear layers of all blocks (Hu et al. 2021, arXiv:2106.09685)."""
-    model = Transformer(config)
-    linears = [module for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name]
-    return sum(rank * sum(module.weight.shape) for module in linears)
+def _config(model: Model) -> TransformerConfig:
+    return model if isinstance(model, TransformerConfig) else model.config
 
 
-def predict(config: TransformerConfig, settings: PlanSettings) -> MemoryPlan:
-    """The memory of a training step."""
-    sizes = parameter_sizes(config)
-    return _predict(config, settings, sum(sizes.values()), max(sizes.values()))
-
-
-def _predict(config: TransformerConfig, settings: PlanSettings, total: int, largest: int) -> MemoryPlan:
-    full = settings.trained is None
-    trained = total if full else settings.trained
-    width = BYTES[settings.dtype]
+def _predict(config: TransformerConfig, settings: PlanSettings, weights: Weights) -> MemoryPlan:
+    width, trained = WIDTHS[settings.dtype], weights.trained
     kept = 4 if settings.master_weights else width
-    mine = activations_of(config, settings, full)
+    mine = activations_of(config, settings, weights)
+    several = settings.accumulation > 1
     return MemoryPlan(
-        weights=total * width if full else (total + trained) * width,
+        weights=(weights.floats + trained) * width + weights.packed,
         master_weights=trained * kept if kept != width else 0,
-        optimizer=trained * kept * _STATES[settings.optimizer],
-        gradients=trained * kept * (2 if settings.accumulation > 1 else 1),
-        update=5 * kept * (largest if full else max(trained // 16, 1)),
+        average=4 * trained if settings.average else 0,
+        optimizer=weights.states(settings.optimizer) * kept,
+        gradients=trained * (kept if several else width),
+        summed=trained * kept if several else 0,
+        # The norm of the gradient, from a float32 copy of the small arrays and their squares; then the largest array's.
+        update=max(2 * 4 * weights.joined(JOINED), (STATES[settings.optimizer] + 1) * kept * weights.largest),
         activations=mine.kept,
-        recomputation=mine.recomputed,
-        attention=mine.attention,
-        loss=_loss_bytes(config, settings, full, width, mine),
+        backward=mine.backward,
+        loss=_loss_bytes(config, settings, weights, width, mine),
     )
 
 
-def _loss_bytes(config: TransformerConfig, settings: PlanSettings, full: bool, width: int, mine: Activations) -> int:
+def _loss_bytes(
+    config: TransformerConfig, settings: PlanSettings, weights: Weights, width: int, mine: Activations
+) -> int:
     if not config.predicts_words:
         return 0
     tokens = max(1, int(settings.batch_size * mine.target_length * settings.targets))
     words = config.head.vocab_size
-    chunk = min(settings.chunk or default_chunk(tokens, words, trained=full), words)
+    learns = weights.feeds_product("embeddings.token" if config.head.tied else "head.output")
+    chunk = min(settings.chunk or default_chunk(tokens, words, trained=learns), words)
     head = config.head.dim * words * width
-    gradient = 2 * head if full else 0  # its chunks, then all of them joined
-    return 3 * 4 * tokens * chunk + 2 * 4 * tokens * config.dim + gradient
+    gradient = 2 * head if learns else 0  # its chunks, then all of them joined
+    return 2 * 4 * tokens * chunk + 2 * 4 * tokens * config.dim + gradient
 
 
 def working_set() -> int:
@@ -160,7 +163,7 @@ def working_set() -> int:
     raise MemoryPlanError("this machine does not say how much memory it has; give a limit")
 
 
-def fit(config: TransformerConfig, settings: PlanSettings, limit: int | None = None) -> PlanSettings:
+def fit(model: Model, settings: PlanSettings, limit: int | None = None) -> PlanSettings:
     """The fastest settings with the same rows in an update that fit `limit` bytes, default the machine's working set.
 
     Keeps the largest passes it can, computing layers again before it makes passes smaller: a layer computed again costs
@@ -168,10 +171,9 @@ def fit(config: TransformerConfig, settings: PlanSettings, limit: int | None = N
     Raises MemoryPlanError, with the longest rows that would fit, when not even one row at a time does.
     """
     limit = working_set() if limit is None else limit
+    config, weights = _config(model), weights_of(model)
     rows = settings.batch_size * settings.accumulation
     depth = max(len(stack.layers) for stack in (config.encoder, config.decoder) if stack is not None)
-    sizes = parameter_sizes(config)
-    totals = sum(sizes.values()), max(sizes.values())
     passes = [batch for batch in range(settings.batch_size, 0, -1) if rows % batch == 0]
     for batch in passes:
         for chunk in _chunk_choices(config, settings):
@@ -179,10 +181,10 @@ def fit(config: TransformerConfig, settings: PlanSettings, limit: int | None = N
                 candidate = replace(
                     settings, batch_size=batch, accumulation=rows // batch, recompute_layers=count, chunk=chunk
                 )
-                if _predict(config, candidate, *totals).peak <= limit:
+                if _predict(config, candidate, weights).peak <= limit:
                     return candidate
     least = replace(settings, batch_size=1, accumulation=rows, recompute_layers=depth)
-    raise MemoryPlanError(_refusal(config, least, limit, totals))
+    raise MemoryPlanError(_refusal(config, least, limit, weights))
 
 
 def _chunk_choices(config: TransformerConfig, settings: PlanSettings) -> list[int | None]:
@@ -192,14 +194,14 @@ def _chunk_choices(config: TransformerConfig, settings: PlanSettings) -> list[in
     return [None, *(chunk for chunk in (4096, 1024) if chunk < words)]
 
 
-def _refusal(config: TransformerConfig, least: PlanSettings, limit: int, totals: tuple[int, int]) -> str:
-    need = _predict(config, least, *totals)
+def _refusal(config: TransformerConfig, least: PlanSettings, limit: int, weights: Weights) -> str:
+    need = _predict(config, least, weights)
     said = f"a step needs {readable(need.peak)} even with one row at a time and all layers recomputed, but"
     said += f" {readable(limit)} may be used"
     length = least.length
     while length > 16:
         length //= 2
-        if _predict(config, replace(least, length=length), *totals).peak <= limit:
+        if _predict(config, replace(least, length=length), weights).peak <= limit:
             return f"{said}; rows of {length} tokens (--max-seq-length {length}) would fit"
     return (
         f"{said}; its weights, gradients and optimizer alone take {readable(need.lasting + need.gradients)}: train "
@@ -207,13 +209,13 @@ def _refusal(config: TransformerConfig, least: PlanSettings, limit: int, totals:
     )
 
 
-def check(config: TransformerConfig, settings: PlanSettings, limit: int | None = None) -> MemoryPlan:
+def check(model: Model, settings: PlanSettings, limit: int | None = None) -> MemoryPlan:
     """The plan of a run that fits. Raises MemoryPlanError with the settings that would, when this one does not."""
     limit = working_set() if limit is None else limit
-    plan = predict(config, settings)
+    plan = predict(model, settings)
     if plan.peak <= limit:
         return plan
-    better = fit(config, settings, limit)
+    better = fit(model, settings, limit)
     raise MemoryPlanError(
         f"a step needs {readable(plan.peak)}, but {readable(limit)} may be used; --batch-size {better.batch_size} "
         f"--grad-accumulation-steps {better.accumulation} --recompute-layers {better.recompute_layers}"
@@ -222,13 +224,12 @@ def check(config: TransformerConfig, settings: PlanSettings, limit: int | None =
     )
 
 
-def largest(config: TransformerConfig, settings: PlanSettings, name: str, limit: int, most: int = 2**20) -> int:
+def largest(model: Model, settings: PlanSettings, name: str, limit: int, most: int = 2**20) -> int:
     """The largest value of the setting `name`, "batch_size" or "length", that fits; 0 when none does."""
-    sizes = parameter_sizes(config)
-    totals = sum(sizes.values()), max(sizes.values())
+    config, weights = _config(model), weights_of(model)
 
     def fits(value: int) -> bool:
-        return _predict(config, replace(settings, **{name: value}), *totals).peak <= limit
+        return _predict(config, replace(settings, **{name: value}), weights).peak <= limit
 
     low, high = 0, most
     while low < high:
@@ -237,22 +238,27 @@ def largest(config: TransformerConfig, settings: PlanSettings, name: str, limit:
     return low
 
 
-def set_limits(plan: MemoryPlan, limit: int | None = None) -> dict[str, int]:
-    """Hold this process to a plan: MLX's memory limit, and on Metal what it keeps wired; returns what was set.
+@contextlib.contextmanager
+def held_to(plan: MemoryPlan, limit: int | None = None) -> Iterator[dict[str, int]]:
+    """Hold this process to a plan for a while, then put MLX's limits back; gives what was set, in bytes by name.
 
-    Above its memory limit MLX waits for running work instead of running ahead. The limit is the plan's peak and 10%, at
-    most `limit`, default the working set; the cache of freed buffers gets what is left of that, at most a quarter.
+    memory: above it MLX waits for running work instead of running ahead. It is the plan's peak and a quarter, as plans
+    are not exact and a limit below the need costs time; at most `limit`, default the working set.
+    cache: of freed buffers, what is left of that, at most a quarter of it.
+    wired: what stays resident, on Metal alone, the same as memory.
     """
     most = working_set() if limit is None else limit
-    memory = min(int(1.1 * plan.peak), most)
-    cache = max(0, min(most - memory, memory // 4))
-    mx.set_memory_limit(memory)
-    mx.set_cache_limit(cache)
-    chosen = {"memory": memory, "cache": cache}
+    memory = min(int(1.25 * plan.peak), most)
+    chosen = {"memory": memory, "cache": max(0, min(most - memory, memory // 4))}
+    setters = {"memory": mx.set_memory_limit, "cache": mx.set_cache_limit}
     if runtime.backend() == "metal":
-        chosen["wired"] = min(memory, most)
-        mx.set_wired_limit(chosen["wired"])
-    return chosen
+        chosen["wired"], setters["wired"] = memory, mx.set_wired_limit
+    before = {name: setters[name](size) for name, size in chosen.items()}
+    try:
+        yield chosen
+    finally:
+        for name, size in before.items():
+            setters[name](size)
 
 
 def readable(size: int) -> str:

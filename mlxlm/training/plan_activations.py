@@ -1,108 +1,151 @@
 """What a training step keeps of the activations, counted block by block from the specs.
 
 Counts are floating-point numbers a token: the inputs of every product whose weights are trained, and what the gradients
-of norms, attention and activation functions read.
+of norms, attention and activation functions read. Blocks before the first trained weight keep nothing.
 """
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from mlxlm import runtime
 from mlxlm.kernels.attention.device import device_profile
 from mlxlm.layers import AttentionSpec, BlockSpec, FeedForwardSpec, ParallelBlockSpec
 from mlxlm.models.config import StackSpec, TransformerConfig
+from mlxlm.training.plan_weights import WIDTHS, Weights
 
 if TYPE_CHECKING:
     from mlxlm.training.plan import PlanSettings
 
-_WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
-_SCORES = 5  # arrays of the size of a block's scores that exist at once in the backward pass
-
+# What the backward pass of a block works with beside what was kept, as a share of that. A block that is computed again
+# makes all of it anew, and where its matrices are trained the gradients of all its products wait for theirs. Measured
+# on the CPU, as all constants here.
+_WORK, _AGAIN, _AGAIN_TRAINED = 0.8, 1.7, 2.35
+_SCORES = 1.5  # arrays of the size of a tile's scores that exist at once in the backward pass
 
 # Arrays of the size of its input that the gradient of an activation function keeps, the input included. Measured on the
-# CPU for "silu" and "gelu_tanh"; the others follow from their formulas.
+# CPU for "silu" and "gelu_tanh"; the others follow from their formulas. A gated layer keeps both factors besides.
 _KEPT_BY_ACTIVATION = {"silu": 2, "gelu_tanh": 5, "gelu": 4, "relu": 1, "identity": 1}
 _KEPT_BY_OTHERS = 4
 
 
 class Activations(NamedTuple):
-    """Bytes: kept for the gradients, of the layer that is computed again, of the scores; and tokens the head reads."""
+    """Bytes: kept for the gradients, and what the backward pass of one block works with; tokens that the head reads."""
 
     kept: int
-    recomputed: int
-    attention: int
+    backward: int
     target_length: int
 
 
-def activations_of(config: TransformerConfig, settings: PlanSettings, full: bool) -> Activations:
-    """The activations of one pass.  full: whether the weights of the blocks are trained."""
-    width, rows = _WIDTHS[settings.dtype], settings.batch_size
+def activations_of(config: TransformerConfig, settings: PlanSettings, weights: Weights) -> Activations:
+    """The activations of one pass."""
+    width, rows = WIDTHS[settings.dtype], settings.batch_size
     target_length = settings.length
     if config.has_memory:
         target_length = settings.target_length or settings.length
-    kept, recomputed, attention = 0, 0, 0
-    for stack, length in ((config.encoder, settings.length), (config.decoder, target_length)):
+    kept, backward = 0, 0
+    below = bool(weights.under("embeddings") or weights.under("prompt"))  # whether gradients go through the blocks
+    for name, length in (("encoder", settings.length), ("decoder", target_length)):
+        stack = getattr(config, name)
         if stack is None:
             continue
-        one, largest, scores = _stack(stack, settings, rows, length, full)
-        kept, recomputed, attention = kept + one, max(recomputed, largest), max(attention, scores)
+        one, largest = _stack(stack, settings, rows, length, _Trained(weights, f"{name}.layers", below))
+        below = below or bool(weights.under(name))  # a decoder behind an encoder that learns
+        kept, backward = kept + one, max(backward, largest)
     embedded = rows * (settings.length + (target_length if config.has_memory else 0)) * config.dim
-    return Activations((kept + 2 * embedded) * width, recomputed * width, attention, target_length)
+    return Activations(int((kept + 2 * embedded) * width), int(backward), target_length)
 
 
-def _stack(stack: StackSpec, settings: PlanSettings, rows: int, length: int, full: bool) -> tuple[int, int, int]:
-    """Numbers kept, numbers of the largest layer that is computed again, bytes of scores."""
+class _Trained(NamedTuple):
+    """What is trained of a stack's layers.  path: theirs.  below: whether anything before them is trained."""
+
+    weights: Weights
+    path: str
+    below: bool
+
+    def first(self, layers: int) -> int:
+        """The first layer that keeps something for its gradients; `layers` when none does."""
+        if self.below:
+            return 0
+        return next((index for index in range(layers) if self.weights.under(f"{self.path}.{index}")), layers)
+
+
+def _stack(stack: StackSpec, settings: PlanSettings, rows: int, length: int, trained: _Trained) -> tuple[float, float]:
+    """Numbers kept, and bytes that the backward pass of the largest layer works with."""
     again = len(stack.layers) if settings.recompute_layers < 0 else settings.recompute_layers
-    kept, largest, scores = 0, 0, 0
-    for index, block in enumerate(stack.layers):
-        own = rows * length * block_numbers(block, full, memory=settings.length / length)
-        dense = rows * _dense_scores(block.attention, rows, length, settings)
-        scores = max(scores, _score_bytes(block.attention, rows, length))
+    kept, backward, width = 0.0, 0.0, WIDTHS[settings.dtype]
+    for index in range(trained.first(len(stack.layers)), len(stack.layers)):
+        block, path = stack.layers[index], f"{trained.path}.{index}"
+        own = rows * length * block_numbers(block, trained.weights, path, memory=settings.length / length)
         if index < again:
             kept += rows * length * block.attention.dim
-            largest = max(largest, int(own + dense))
+            share = _AGAIN_TRAINED if trained.weights.feeds_own_products(path) else _AGAIN
         else:
-            kept += int(own + dense)
-    return kept, largest, scores
+            kept += own
+            share = _WORK
+        # When the scores are at work, what the feed-forward layer kept is free again, about half.
+        scores = _score_bytes(block.attention, rows, length) - (0.5 if share == _WORK else -0.5) * own * width
+        backward = max(backward, share * own * width, scores)
+    return kept, backward
 
 
-def block_numbers(block: BlockSpec | ParallelBlockSpec, full: bool, memory: float = 1.0) -> float:
-    """Numbers that a block keeps for each of its tokens.  memory: tokens of the encoder for each."""
-    dim = block.attention.dim
-    total = attention_numbers(block.attention, full) + feed_forward_numbers(block.feed_forward, full)
-    total += 2 * dim + (2 * dim if full else 0)  # the inputs of both norms, and what they give to the products
+def block_numbers(block: BlockSpec | ParallelBlockSpec, weights: Weights, path: str, memory: float = 1.0) -> float:
+    """Numbers that a block keeps for each of its tokens.  path: its.  memory: tokens of the encoder for each."""
+    total = attention_numbers(block.attention, weights, f"{path}.attention")
+    total += feed_forward_numbers(block.feed_forward, weights, f"{path}.feed_forward")
+    # The inputs of both norms, and where their scales are trained what they are multiplied with.
+    total += (4 if weights.feeds_own_products(path) else 2) * block.attention.dim
+    total += adapter_numbers(weights, path)
     if isinstance(block, BlockSpec) and block.cross_attention is not None:
-        total += attention_numbers(block.cross_attention, full, memory) + (2 if full else 1) * dim
+        cross = f"{path}.cross_attention"
+        total += attention_numbers(block.cross_attention, weights, cross, memory) + block.cross_attention.dim
     return total
 
 
-def attention_numbers(spec: AttentionSpec, full: bool, memory: float = 1.0) -> float:
-    """Queries, keys and values, the output and each row's log-sum-exp; the output in another order for its product."""
+def attention_numbers(spec: AttentionSpec, weights: Weights, path: str, memory: float = 1.0) -> float:
+    """Queries, keys and values, the output and each row's log-sum-exp; the input of the first products, and the output
+    in another order, that of the last, where gradients need them.  memory: keys for each query.
+    """
     queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    return queries * (3 if full else 2) + 2 * keys * memory + spec.num_heads
+    total = 2 * queries + 2 * keys * memory + spec.num_heads
+    if any(weights.feeds_product(f"{path}.{name}") for name in ("query", "key", "value", "query_key_value")):
+        total += spec.dim
+    if weights.feeds_product(f"{path}.output"):
+        total += queries
+    return total
 
 
-def feed_forward_numbers(spec: FeedForwardSpec, full: bool) -> float:
-    """What the activation function reads and makes, and the input of the last product."""
-    inner = _KEPT_BY_ACTIVATION.get(spec.activation, _KEPT_BY_OTHERS)
-    return spec.hidden_dim * (inner + (1 if spec.gated else 0) + (1 if full else 0))
+def feed_forward_numbers(spec: FeedForwardSpec, weights: Weights, path: str) -> float:
+    """What the activation function reads and makes, and the inputs of the products where gradients need them."""
+    total = spec.hidden_dim * (_KEPT_BY_ACTIVATION.get(spec.activation, _KEPT_BY_OTHERS) + (2 if spec.gated else 0))
+    if any(weights.feeds_product(f"{path}.{name}") for name in ("up", "gate")):
+        total += spec.dim
+    if weights.feeds_product(f"{path}.down"):
+        total += spec.hidden_dim
+    return total
 
 
-def _dense_scores(spec: AttentionSpec, rows: int, length: int, settings: PlanSettings) -> int:
-    """Numbers of scores of a row that a dense implementation keeps, where the scores are few; else 0."""
-    size = 4 * rows * spec.num_heads * length * length
-    backend = runtime.backend()
-    if backend == "metal" or size > device_profile(backend).short_bytes:
-        return 0
-    return spec.num_heads * length * length
+def adapter_numbers(weights: Weights, path: str) -> float:
+    """What the parts that adapters add to a block keep: the inputs of their matrices and vectors.
+
+    The input of `lora_a` is that of the layer it is added to, counted there. A magnitude (DoRA) needs both sums.
+    """
+    total = 0.0
+    for name, shape in weights.under(path).items():
+        part = name.rpartition(".")[2]
+        if ".adapters." not in name or part in ("lora_a", "bias"):
+            continue
+        total += 2 * shape[0] if part == "magnitude" else prod(shape[1:]) if len(shape) > 1 else shape[0]
+    return total
 
 
-def _score_bytes(spec: AttentionSpec, rows: int, length: int) -> int:
-    """Scores that the tiles of the backward pass hold at once."""
+def _score_bytes(spec: AttentionSpec, rows: int, length: int) -> float:
+    """Scores that the tiles of the backward pass hold at once; none with our kernels."""
     backend = runtime.backend()
     if backend == "metal":
         return 0
     profile = device_profile(backend)
     keys = min(length, spec.window or length)
-    return min(_SCORES * 4 * rows * spec.num_heads * length * keys, profile.block_bytes * max(length, 4096) // 4096)
+    tile = profile.block_bytes * max(length, 4096) // 4096
+    return _SCORES * min(4 * rows * spec.num_heads * length * keys, tile)

@@ -10,10 +10,11 @@ output: runs/first/run
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,8 @@ class Recipe:
         return plans.PlanSettings(
             batch_size=data["batch_size"], length=data["max_length"], accumulation=settings.accumulation,
             dtype=settings.dtype or "float32", master_weights=settings.master_weights, optimizer=settings.optimizer,
-            recompute_layers=settings.recompute_layers, chunk=self.values["loss_chunk"],
+            average=settings.ema_decay is not None, recompute_layers=settings.recompute_layers,
+            chunk=self.values["loss_chunk"],
         )  # fmt: skip
 
     def fitted(self, limit: int | None = None) -> Recipe:
@@ -102,6 +104,15 @@ class Recipe:
                 ("training.recompute_layers", chosen.recompute_layers), ("loss_chunk", chosen.chunk),
             ])
         )  # fmt: skip
+
+    @contextlib.contextmanager
+    def held(self, limit: int | None = None) -> Iterator[None]:
+        """Hold this process to the plan for a while, where `memory` is not "off"; see `held_to`."""
+        if self.values["memory"] == "off":
+            yield
+            return
+        with plans.held_to(plans.predict(self.config, self.plan_settings()), limit):
+            yield
 
     def save(self) -> None:
         """Write `recipe.yaml` into the run's folder, whole or not at all."""

@@ -20,7 +20,7 @@ from mlxlm.training.tasks import Task, regularised
 
 Arrays = dict[str, mx.array]
 
-_SMALL = 2**18  # elements of an array that is joined with others for the norm of the gradient
+JOINED = 2**18  # elements of an array that is joined with others for the norm of the gradient
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
@@ -248,7 +248,7 @@ def _square_sum(arrays: list[mx.array]) -> mx.array:
     small: dict[mx.Dtype, list[mx.array]] = {}
     total = mx.zeros(())
     for array in arrays:
-        if array.size <= _SMALL:
+        if array.size <= JOINED:
             small.setdefault(array.dtype, []).append(array.reshape(-1))
         else:
             total = total + array.astype(mx.float32).square().sum()

@@ -18,10 +18,11 @@ from mlxlm.training.plan_weights import WIDTHS, Weights
 if TYPE_CHECKING:
     from mlxlm.training.plan import PlanSettings
 
-# What the backward pass of a block works with beside what was kept, as a share of that. A block that is computed again
-# makes all of it anew, and where its matrices are trained the gradients of all its products wait for theirs. Measured
-# on the CPU, as all constants here.
-_WORK, _AGAIN, _AGAIN_TRAINED = 0.8, 1.7, 2.35
+# What the backward pass of a block works with beside what was kept, as a share of that; of a block that is computed
+# again by whether it is gated and its own matrices are trained: all of it is made anew, and the gradients of its
+# products wait for those of the matrices. Measured on the CPU, as all constants here.
+_WORK = 0.8
+_AGAIN = {(True, True): 2.3, (True, False): 1.7, (False, True): 1.7, (False, False): 1.4}
 _SCORES = 1.5  # arrays of the size of a tile's scores that exist at once in the backward pass
 
 # Arrays of the size of its input that the gradient of an activation function keeps, the input included. Measured on the
@@ -80,12 +81,12 @@ def _stack(stack: StackSpec, settings: PlanSettings, rows: int, length: int, tra
         own = rows * length * block_numbers(block, trained.weights, path, memory=settings.length / length)
         if index < again:
             kept += rows * length * block.attention.dim
-            share = _AGAIN_TRAINED if trained.weights.feeds_own_products(path) else _AGAIN
+            share = _AGAIN[block.feed_forward.gated, trained.weights.feeds_own_products(path)]
         else:
             kept += own
             share = _WORK
         # When the scores are at work, what the feed-forward layer kept is free again, about half.
-        scores = _score_bytes(block.attention, rows, length) - (0.5 if share == _WORK else -0.5) * own * width
+        scores = _score_bytes(block.attention, rows, length) - (0 if index < again else 0.5) * own * width
         backward = max(backward, share * own * width, scores)
     return kept, backward
 

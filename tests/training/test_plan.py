@@ -127,6 +127,7 @@ CASES = {
     "lora-all-linear": case("rotary", 2, 512, change=adapter(peft.Lora(rank=16, targets=ALL)), shape=TWO),
     "lora-recomputed": case("rotary", 2, 512, -1, change=adapter(peft.Lora(rank=8)), shape=TWO),
     "lora-quantized": case("rotary", 2, 512, change=quantized, shape=TWO),
+    "lora-encoder-recomputed": case("encoder", 2, 256, -1, change=adapter(peft.Lora(rank=8))),
     "lora-encoder": case("encoder", 2, 256, change=adapter(peft.Lora(rank=8))),
     "dora": case("learned", 2, 256, change=adapter(peft.Dora(rank=8))),
     "ia3": case("rotary", 2, 256, change=adapter(peft.Ia3()), shape=TWO),

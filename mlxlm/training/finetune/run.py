@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -148,7 +149,8 @@ class Run:
         self._keep_settings(resume)
         before = self._before(trainer, asked, resume)
         start = time.perf_counter()
-        result = trainer.run(resume=resume)
+        with contextlib.nullcontext() if settings.memory == "off" else plans.held_to(self.plan):
+            result = trainer.run(resume=resume)
         seconds = time.perf_counter() - start
         done = Outcome(
             settings=settings, result=result, kind=examples.kind, counts=self.counts, before=before["valid"], valid={},
@@ -261,7 +263,7 @@ def prepare(settings: FinetuneSettings, *, resume: bool = False, say: Say = prin
     model, labels = _adapted(model, tokenizer, kind, splits, settings, say)
     examples = rows_of.encode(splits, kind, labels, model, tokenizer, settings)
     counts = peft.count_parameters(model)
-    settings, plan = fitted(settings, model, examples, counts)
+    settings, plan = fitted(settings, model, examples)
     run = Run(settings, model, tokenizer, examples, counts, plan, say)
     for text in _lines(run, splits):
         say(text)
@@ -362,7 +364,7 @@ def _check_same_method(found: str, wanted: str, folder: Path) -> None:
 
 
 def fitted(
-    settings: FinetuneSettings, model: Transformer, examples: rows_of.Examples, counts: peft.Counts
+    settings: FinetuneSettings, model: Transformer, examples: rows_of.Examples
 ) -> tuple[FinetuneSettings, plans.MemoryPlan]:
     """The settings as their `memory` says, and the plan. Raises MemoryPlanError for a run that can't fit."""
     if settings.memory == "low":
@@ -374,18 +376,18 @@ def fitted(
     wanted = plans.PlanSettings(
         batch_size=settings.batch_size, length=length, target_length=examples.longest_target,
         accumulation=settings.grad_accumulation_steps, dtype=dtype, optimizer=settings.optimizer,
-        trained=None if settings.method == "full" else counts.trainable, chunk=settings.loss_chunk,
+        average=settings.ema_decay is not None, chunk=settings.loss_chunk,
         recompute_layers=-1 if settings.grad_checkpoint else settings.recompute_layers,
     )  # fmt: skip
     if settings.memory == "auto":
-        wanted = plans.fit(model.config, wanted)
+        wanted = plans.fit(model, wanted)
         settings = replace(
             settings, batch_size=wanted.batch_size, grad_accumulation_steps=wanted.accumulation, grad_checkpoint=False,
             recompute_layers=wanted.recompute_layers, loss_chunk=wanted.chunk,
         )  # fmt: skip
     if settings.memory == "check":
-        return settings, plans.check(model.config, wanted)
-    return settings, plans.predict(model.config, wanted)
+        return settings, plans.check(model, wanted)
+    return settings, plans.predict(model, wanted)
 
 
 def _lines(run: Run, splits: dict[str, Rows]) -> list[str]:

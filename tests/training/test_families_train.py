@@ -28,14 +28,19 @@ CONFIGS = {
 LENGTHS = [9, 5]
 
 
-def fixture_of(family):
-    """The first fixture of a family that predicts words."""
+def first_fixtures():
+    """Of each family by name, the first fixture that predicts words."""
+    found = {}
     for path in sorted(FIXTURES.iterdir()):
         values = json.loads((path / "config.json").read_text())
-        own = (path / "model.safetensors").exists() and family_of(values) is family
+        family = family_of(values)
+        own = (path / "model.safetensors").exists() and family.name not in found
         if own and family.read_config(values).predicts_words:
-            return path
-    return None
+            found[family.name] = path
+    return found
+
+
+FIRST = first_fixtures()
 
 
 def without_dropout(plain):
@@ -46,13 +51,13 @@ def without_dropout(plain):
 
 
 def model_of(family):
-    path = fixture_of(family)
-    config = family.read_config(CONFIGS[family.name]) if path is None else load_model(path).config
+    loaded = load_model(FIRST[family.name]) if family.name in FIRST else None
+    config = family.read_config(CONFIGS[family.name]) if loaded is None else loaded.config
     model = Transformer(Spec.from_json(without_dropout(config.to_json())))
-    if path is None:
+    if loaded is None:
         initialise(model, 1, scale=0.2)
     else:
-        model.update(load_model(path).parameters())
+        model.update(loaded.parameters())
     return model
 
 

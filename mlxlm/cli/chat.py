@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
+from mlxlm.cli import caching
 from mlxlm.cli import options as opt
 from mlxlm.errors import MlxlmError, UnsupportedModelError
 
@@ -24,6 +25,13 @@ def chat(
     seed: opt.Seed = None,
     stop: opt.Stop = None,
     extra_eos_token: opt.StopToken = None,
+    draft_model: caching.DraftModel = None,
+    num_draft_tokens: caching.NumDraftTokens = None,
+    prompt_lookup: caching.PromptLookup = None,
+    early_exit: caching.EarlyExit = None,
+    kv_bits: caching.KvBits = None,
+    kv_group_size: caching.KvGroupSize = None,
+    max_kv_size: caching.MaxKvSize = None,
     adapter_path: opt.AdapterPath = None,
     dtype: opt.Dtype = None,
     revision: opt.Revision = None,
@@ -40,17 +48,20 @@ def chat(
         logit_bias=opt.parse_logit_bias(logit_bias),
         seed=seed,
     )
+    spec = caching.cache_spec(kv_bits, kv_group_size, max_kv_size)
     start = time.perf_counter()
     network, tokenizer = opt.load(model, dtype, revision, adapter_path)
     if tokenizer.chat_template is None:
         raise UnsupportedModelError("this model has no chat template, so it can't chat; mlxlm generate continues text")
-    conversation = Conversation(network, tokenizer, system_prompt)
+    guesses = caching.speculation(tokenizer, draft_model, num_draft_tokens, prompt_lookup, early_exit, dtype)
+    conversation = Conversation(network, tokenizer, system_prompt, spec)
     print(f"loaded in {time.perf_counter() - start:.2f} s; {_HELP}", file=sys.stderr)
     answer_options = {
         "max_tokens": max_tokens,
         "stop": stop or (),
         "stop_tokens": opt.token_ids(tokenizer, extra_eos_token),
         "sampling": sampling,
+        "speculation": guesses,
     }
     while (text := _read()) is not None:
         if text in ("/exit", "/quit"):

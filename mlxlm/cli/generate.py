@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlxlm.cli import caching
 from mlxlm.cli import options as opt
 from mlxlm.errors import PromptError, UsageError
 
@@ -47,6 +48,14 @@ def generate(
     early_stopping: Annotated[
         str | None, typer.Option("--early-stopping", help="Of a beam search: true, false or never; default false.")
     ] = None,
+    draft_model: caching.DraftModel = None,
+    num_draft_tokens: caching.NumDraftTokens = None,
+    prompt_lookup: caching.PromptLookup = None,
+    early_exit: caching.EarlyExit = None,
+    kv_bits: caching.KvBits = None,
+    kv_group_size: caching.KvGroupSize = None,
+    max_kv_size: caching.MaxKvSize = None,
+    prompt_cache_file: caching.PromptCacheFile = None,
     adapter_path: opt.AdapterPath = None,
     dtype: opt.Dtype = None,
     revision: opt.Revision = None,
@@ -56,7 +65,7 @@ def generate(
     The prompt is a chat message where the model has a chat template, else plain text: to be continued by a decoder,
     to be answered by an encoder-decoder ("translate English to German: ...").
     """
-    from mlxlm.generation import Sampling, stream_generate
+    from mlxlm.generation import Sampling
 
     sampling = Sampling(
         temperature=temp,
@@ -70,40 +79,68 @@ def generate(
     beams = _beams(num_beams, num_return_sequences, length_penalty, early_stopping)
     if beams is not None and (sampling != Sampling() or stop):
         raise UsageError("a beam search takes the likeliest answers: it goes with no sampling option and no --stop")
+    spec = caching.cache_spec(kv_bits, kv_group_size, max_kv_size)
+    guessing = any(flag is not None for flag in (draft_model, num_draft_tokens, prompt_lookup, early_exit))
+    if beams is not None and (spec is not None or guessing or prompt_cache_file is not None):
+        raise UsageError("a beam search goes with no option of caches or of guessing ahead")
     variables = opt.parse_object("--chat-template-config", chat_template_config)
+    if prompt_cache_file is not None and (spec or system_prompt is not None or variables or ignore_chat_template):
+        raise UsageError("--prompt-cache-file says which cache, system prompt and template it was made with")
     text = (sys.stdin.read() if sys.stdin is not None else "") if prompt == "-" else prompt
     if not text:
         raise PromptError("the prompt is empty; give one with --prompt")
     start = time.perf_counter()
     network, tokenizer = opt.load(model or opt.shipped_model(), dtype, revision, adapter_path)
     loaded = time.perf_counter() - start
-    tokens: str | list[int] = text
-    if tokenizer.chat_template is not None and not ignore_chat_template:
-        system = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
-        messages = [*system, {"role": "user", "content": text}]
-        tokens = tokenizer.encode_chat(messages, add_generation_prompt=True, **variables)
-    elif system_prompt is not None:
-        raise PromptError("--system-prompt needs a chat template, which this model doesn't have or was told to ignore")
+    speculation = caching.speculation(tokenizer, draft_model, num_draft_tokens, prompt_lookup, early_exit, dtype)
     stop_tokens = opt.token_ids(tokenizer, extra_eos_token)
+    if prompt_cache_file is not None:
+        tokens, cache = _continued(network, tokenizer, prompt_cache_file, text)
+    else:
+        tokens = _tokens(tokenizer, text, system_prompt, ignore_chat_template, variables)
+        cache = None if spec is None else network.make_cache(spec)
     if beams is not None:
         _print_beams(network, tokenizer, tokens, beams, max_tokens, stop_tokens)
         return
+    options = {"stop": stop or (), "stop_tokens": stop_tokens, "sampling": sampling, "speculation": speculation}
+    _print_answer(network, tokenizer, tokens, loaded, max_tokens=max_tokens, cache=cache, **options)
+
+
+def _print_answer(network: Any, tokenizer: Any, tokens: Any, loaded: float, **options: Any) -> None:
+    """The answer as it is made, then figures on stderr."""
+    from mlxlm.generation import stream_generate
+
     piece = None
     try:
-        for piece in stream_generate(
-            network,
-            tokenizer,
-            tokens,
-            max_tokens=max_tokens,
-            stop=stop or (),
-            stop_tokens=stop_tokens,
-            sampling=sampling,
-        ):
+        for piece in stream_generate(network, tokenizer, tokens, **options):
             print(piece.text, end="", flush=True)
     finally:
         if piece is not None:
             print(flush=True)
         opt.report(piece, loaded)
+
+
+def _tokens(
+    tokenizer: Any, text: str, system_prompt: str | None, ignore_chat_template: bool, variables: dict[str, Any]
+) -> str | list[int]:
+    """The prompt: tokens of a chat, or plain text where there is no chat template or none is wanted."""
+    if tokenizer.chat_template is not None and not ignore_chat_template:
+        system = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
+        messages = [*system, {"role": "user", "content": text}]
+        tokens: list[int] = tokenizer.encode_chat(messages, add_generation_prompt=True, **variables)
+        return tokens
+    if system_prompt is not None:
+        raise PromptError("--system-prompt needs a chat template, which this model doesn't have or was told to ignore")
+    return text
+
+
+def _continued(network: Any, tokenizer: Any, path: str, text: str) -> tuple[list[int], Any]:
+    """The tokens of a cached text and what continues it, and the cache that holds the beginning of them."""
+    from mlxlm.generation import load_prompt_cache
+
+    held = load_prompt_cache(path, network, tokenizer)
+    tokens = held.continued(tokenizer, text)
+    return tokens, held.begins(tokens)
 
 
 def _beams(

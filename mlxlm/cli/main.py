@@ -8,6 +8,7 @@ import traceback
 
 import typer
 
+from mlxlm.cli.cache_prompt import cache_prompt
 from mlxlm.cli.chat import chat
 from mlxlm.cli.classify import classify
 from mlxlm.cli.convert import convert
@@ -35,7 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _VERBS = (generate, chat, embed, fill_mask, classify, finetune, evaluate, plot, pretrain, families, convert, fuse)
-for verb in (*_VERBS, doctor, plan):
+for verb in (*_VERBS, cache_prompt, doctor, plan):
     app.command(verb.__name__.replace("_", "-"), no_args_is_help=verb in (fill_mask, classify, convert))(verb)
 app.add_typer(tokenizer)
 

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from mlxlm.generation.decoding import Piece, stream_generate
+from mlxlm.generation.stepping import decoding_cache
 
 if TYPE_CHECKING:
+    from mlxlm.layers import CacheSpec
     from mlxlm.models import Transformer
     from mlxlm.tokenizers import Tokenizer
 
@@ -15,13 +17,17 @@ if TYPE_CHECKING:
 class Conversation:
     """Messages so far, and the cache of their tokens.
 
-    system: the system message, default the template's own.  messages: all so far, as chat templates take them.
+    system: the system message, default the template's own.  spec: of the cache, default what keeps everything.
+    messages: all so far, as chat templates take them.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, system: str | None = None):
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, system: str | None = None, spec: CacheSpec | None = None
+    ):
         self.model = model
         self.tokenizer = tokenizer
         self.system = system
+        self.spec = spec
         self.reset()
 
     def reset(self) -> None:
@@ -29,7 +35,7 @@ class Conversation:
         self.messages: list[dict[str, Any]] = []
         if self.system is not None:
             self.messages.append({"role": "system", "content": self.system})
-        self._cache = self.model.make_cache()
+        self._cache = decoding_cache(self.model, self.spec)
         self._held: list[int] = []  # the tokens that the cache holds, and maybe one more
 
     def ask(self, text: str, **options: Any) -> Iterator[Piece]:
@@ -56,11 +62,14 @@ class Conversation:
                 self.messages.append({"role": "assistant", "content": "".join(answer)})
             else:
                 self.messages.pop()
-                self._cache.trim(min(shared, self._cache.length))
-                self._held = tokens[:shared]
+                kept = min(shared, self._cache.length)
+                self._cache.trim(kept if self._cache.can_trim(kept) else 0)
+                self._held = tokens[: self._cache.length]
 
     def _shared(self, tokens: list[int]) -> int:
         """How many leading tokens the cache holds already; at least one must be left to feed."""
         held = self._held[: self._cache.length]
         limit = min(len(held), len(tokens) - 1)
-        return next((i for i in range(limit) if held[i] != tokens[i]), limit)
+        shared = next((i for i in range(limit) if held[i] != tokens[i]), limit)
+        # A window that has moved on can't go back: everything is read again.
+        return shared if self._cache.can_trim(shared) else 0

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _FORMAT = "mlxlm prompt cache 1"
 # Texts that tokenizers cut differently: words, spaces, digits, other scripts, code.
-_PROBE = "Hello, world!  1234 naïve Ünïcode\n\tdef f(x): return x**2  # 你好 שלום 🙂"
+PROBE = "Hello, world!  1234 naïve Ünïcode\n\tdef f(x): return x**2  # 你好 שלום 🙂"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class PromptCache:
 
     tokens: it has.  cache: that holds them (but for those that could be cut otherwise when the text goes on).
     text: the tokens' text as it was given, "" when they were given as such.  chat: whether text is the beginning of a
-    chat message.
+    chat message.  system: the system message before it, None for the template's own.
     """
 
     tokens: tuple[int, ...]
@@ -45,6 +45,11 @@ class PromptCache:
     spec: CacheSpec = CacheSpec()
     text: str = ""
     chat: bool = False
+    system: str | None = None
+
+    def continued(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """Tokens of the prompt that is this text and what follows it."""
+        return chat_tokens(tokenizer, self.text + text, self.chat, self.system)
 
     def begins(self, tokens: Sequence[int]) -> Cache:
         """The cache, cut to what it shares with the beginning of `tokens`. Raises PromptError when that is nothing.
@@ -63,12 +68,18 @@ class PromptCache:
 
 
 def make_prompt_cache(
-    model: Transformer, tokenizer: Tokenizer, text: str, *, spec: CacheSpec | None = None, chat: bool | None = None
+    model: Transformer,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    spec: CacheSpec | None = None,
+    chat: bool | None = None,
+    system: str | None = None,
 ) -> PromptCache:
     """Read a text, to which later prompts are appended.
 
     chat: the text is the beginning of a user's message; default where the tokenizer has a chat template.
-    spec: of the cache, default `CacheSpec()`.
+    spec: of the cache, default `CacheSpec()`.  system: a system message before it.
     """
     check_generates(model)
     if model.config.has_memory:
@@ -76,9 +87,11 @@ def make_prompt_cache(
     if not text:
         raise PromptError("the text to cache is empty")
     chat = tokenizer.chat_template is not None if chat is None else chat
+    if system is not None and not chat:
+        raise PromptError("a system message needs a chat template, which this model doesn't have or was told to ignore")
     spec = CacheSpec() if spec is None else spec
     # Only tokens that stay the same however the text goes on are kept.
-    variants = [chat_tokens(tokenizer, text + end, chat) for end in ("", "a", " a", "\n\n1")]
+    variants = [chat_tokens(tokenizer, text + end, chat, system) for end in ("", "a", " a", "\n\n1")]
     shortest = min(map(len, variants))
     shared = next((i for i in range(shortest) if len({v[i] for v in variants}) > 1), shortest)
     tokens = variants[0][:shared]
@@ -87,13 +100,14 @@ def make_prompt_cache(
     check_ids(model, tokens)
     cache = model.make_cache(spec)
     mx.eval(prefill(model, tokens, cache), cache.arrays())
-    return PromptCache(tokens=tuple(tokens), cache=cache, spec=spec, text=text, chat=chat)
+    return PromptCache(tokens=tuple(tokens), cache=cache, spec=spec, text=text, chat=chat, system=system)
 
 
-def chat_tokens(tokenizer: Tokenizer, text: str, chat: bool) -> list[int]:
+def chat_tokens(tokenizer: Tokenizer, text: str, chat: bool, system: str | None = None) -> list[int]:
     """Tokens of a prompt: of a user's message, which an answer follows, or of plain text."""
     if chat:
-        return tokenizer.encode_chat([{"role": "user", "content": text}], add_generation_prompt=True)
+        first = [] if system is None else [{"role": "system", "content": system}]
+        return tokenizer.encode_chat([*first, {"role": "user", "content": text}], add_generation_prompt=True)
     return tokenizer.encode(text)
 
 
@@ -116,7 +130,7 @@ def save_prompt_cache(path: str | Path, model: Transformer, tokenizer: Tokenizer
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "spec": json.dumps(asdict(prompt.spec)),
         "layers": json.dumps(counts),
-        "text": json.dumps({"text": prompt.text, "chat": prompt.chat}),
+        "text": json.dumps({"text": prompt.text, "chat": prompt.chat, "system": prompt.system}),
     }
     save_safetensors(path.parent, tensors, metadata=metadata, stem=path.stem, max_shard_bytes=2**62)
 
@@ -149,7 +163,7 @@ def load_prompt_cache(path: str | Path, model: Transformer, tokenizer: Tokenizer
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} is a damaged prompt cache ({error}); make it anew") from error
     mx.eval(cache.arrays())
-    return PromptCache(tokens=tokens, cache=cache, spec=spec, text=about["text"], chat=about["chat"])
+    return PromptCache(tokens=tokens, cache=cache, spec=spec, **about)
 
 
 def _path(path: str | Path) -> Path:
@@ -173,5 +187,5 @@ def model_fingerprint(model: Transformer) -> str:
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """A hash of what the tokenizer makes of texts and chats."""
-    known = [tokenizer.vocab_size, sorted(tokenizer.stop_ids), tokenizer.encode(_PROBE), tokenizer.chat_template]
+    known = [tokenizer.vocab_size, sorted(tokenizer.stop_ids), tokenizer.encode(PROBE), tokenizer.chat_template]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()

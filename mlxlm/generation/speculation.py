@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import mlx.core as mx
 
 from mlxlm.errors import UsageError
+from mlxlm.generation.prompt_cache import PROBE
 from mlxlm.generation.requests import Likelihoods, TokenChoice
 from mlxlm.generation.sampler import Sampler
 from mlxlm.generation.sampling import chosen, penalize
@@ -24,6 +25,7 @@ from mlxlm.layers import Cache
 
 if TYPE_CHECKING:
     from mlxlm.models import Transformer
+    from mlxlm.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +161,12 @@ def first_layers(model: Transformer, count: int) -> Transformer:
     return draft
 
 
+def check_same_tokens(tokenizer: Tokenizer, other: Tokenizer) -> None:
+    """Raise UsageError unless the tokenizer of a draft model cuts texts as the model's own does."""
+    if other.encode(PROBE) != tokenizer.encode(PROBE):
+        raise UsageError("the draft model has another tokenizer: its guesses would be about other words")
+
+
 def speculative_decode(
     model: Transformer,
     tokens: Sequence[int],
@@ -173,7 +181,9 @@ def speculative_decode(
     if model.config.has_memory:
         raise UsageError("speculation is for decoders, not for encoder-decoder models")
     if cache.takes_back < most:
-        raise UsageError("a cache of bounded length forgets for good: speculation needs one without max_length")
+        raise UsageError(
+            "a cache of bounded length forgets for good: speculation needs one without --max-kv-size (max_length)"
+        )
     return _decode(model, list(tokens), cache, sampler, max_tokens, speculation, likelihoods)
 
 
@@ -183,10 +193,11 @@ def _decode(
     cache: Cache,
     sampler: Sampler,
     max_tokens: int,
-    speculation: Speculation,
+    most: int,
+    proposer: Proposer,
     likelihoods: int | None,
 ) -> Iterator[TokenChoice]:
-    proposer = speculation.proposer(model, sampler.vocab_size)
+    """See `speculative_decode`.  most: guesses a pass."""
     end = len(text) + max_tokens
     try:
         logits = model.logits(prefill(model, text, cache)[0, -1:])
@@ -195,7 +206,7 @@ def _decode(
         text.append(int(token.item()))
         while len(text) < end:
             # The last token is not in the cache yet; guesses are, for as long as nobody knows better.
-            count = min(speculation.num_draft_tokens, end - len(text) - 1)
+            count = min(most, end - len(text) - 1)
             guesses = proposer.propose(text, count, sampler) if count else None
             guessed = mx.zeros((0,), dtype=mx.int32) if guesses is None else guesses.tokens
             fed = mx.concatenate([mx.array(text[-1:], dtype=mx.int32), guessed])[None]

@@ -209,7 +209,7 @@ def test_mistakes_are_one_clear_line(tiny, tiny_seq2seq, fixture_model):
                 cache=model.make_cache(CacheSpec(max_length=20)),
                 speculation=Speculation(prompt_lookup=2),
             ),
-            "without max_length",
+            "without --max-kv-size",
         ),
         (lambda: mlxlm.generate(*tiny_seq2seq, "a", speculation=Speculation(prompt_lookup=2)), "encoder-decoder"),
     ):

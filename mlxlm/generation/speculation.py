@@ -182,9 +182,10 @@ def speculative_decode(
         raise UsageError("speculation is for decoders, not for encoder-decoder models")
     if cache.takes_back < most:
         raise UsageError(
-            "a cache of bounded length forgets for good: speculation needs one without --max-kv-size (max_length)"
+            "a cache of bounded length forgets for good: guessing ahead needs one without --max-kv-size (max_length)"
         )
-    return _decode(model, list(tokens), cache, sampler, max_tokens, speculation, likelihoods)
+    proposer = speculation.proposer(model, sampler.vocab_size)
+    return _decode(model, list(tokens), cache, sampler, max_tokens, most, proposer, likelihoods)
 
 
 def _decode(

@@ -12,7 +12,7 @@ from mlxlm.errors import ConfigError, UsageError
 from mlxlm.kernels import AttentionMask, attention
 from mlxlm.layers.alibi import AlibiSpec
 from mlxlm.layers.cache import KeyValueCache
-from mlxlm.layers.joined import FEW_TOKENS, JoinedLinear
+from mlxlm.layers.joined import FEW_TOKENS, JoinedLinear, applied
 from mlxlm.layers.norms import NoNormSpec, NormSpec
 from mlxlm.layers.positions import AttentionPositions, NoPositionsSpec, RotarySpec, TokenPositions
 from mlxlm.layers.relative_positions import RelativeBucketsSpec
@@ -135,7 +135,7 @@ class Attention(nn.Module):
                 return self._project_joined(self._joined(x), scope)
             self._joined = None  # somebody has other weights now
         key, value = self._keys_and_values(x)
-        query = self.query_norm(self._heads(self.query(x)))
+        query = self.query_norm(self._heads(applied(self.query, x)))
         return *self.positions.rotate(query, key, scope.positions), value
 
     def _project_joined(self, x: mx.array, scope: Scope) -> tuple[mx.array, mx.array, mx.array]:
@@ -193,7 +193,7 @@ class Attention(nn.Module):
         return {"dropout": self.spec.dropout, "dropout_key": key}
 
     def _attend_to_memory(self, x: mx.array, scope: Scope, cache: KeyValueCache | None, memory: mx.array) -> mx.array:
-        query = self.query_norm(self._heads(self.query(x)))
+        query = self.query_norm(self._heads(applied(self.query, x)))
         key, value = self._projected_memory(memory, cache)
         mask = scope.memory_mask
         if scope.prefix is not None and scope.prefix.memory_key is not None:
@@ -204,7 +204,7 @@ class Attention(nn.Module):
     def project_out(self, out: mx.array) -> mx.array:
         """The layer's output (B, L, dim) of what was found, (B, H, L, D)."""
         batch, _, length, _ = out.shape
-        return self.output(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+        return applied(self.output, out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
 
     def _in_segments(self, query: mx.array, key: mx.array, value: mx.array, count: int, scope: Scope) -> mx.array:
         """Packed rows with keys that belong to every document: the `count` of a prefix, or those of virtual tokens."""
@@ -237,8 +237,8 @@ class Attention(nn.Module):
         return x.reshape(batch, length, -1, self.spec.head_dim).transpose(0, 2, 1, 3)
 
     def _keys_and_values(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        key = self.key_norm(self._heads(self.key(x)))
-        return key, self._heads(self.value(x))
+        key = self.key_norm(self._heads(applied(self.key, x)))
+        return key, self._heads(applied(self.value, x))
 
     def _projected_memory(self, memory: mx.array, cache: KeyValueCache | None) -> tuple[mx.array, mx.array]:
         if cache is None:

@@ -8,7 +8,7 @@ import mlx.core as mx
 from mlx import nn
 
 from mlxlm.layers.activations import activation, fused, sparing
-from mlxlm.layers.joined import FEW_TOKENS, JoinedLinear
+from mlxlm.layers.joined import FEW_TOKENS, JoinedLinear, applied
 from mlxlm.layers.spec import Spec
 from mlxlm.runtime import backend
 
@@ -59,11 +59,12 @@ class FeedForward(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         if self._joined is not None and not self.training and x.shape[-2] <= FEW_TOKENS:
             if self._joined.holds(self.gate, self.up):
-                return self.down(self.dropout(self._inner(*mx.split(self._joined(x), 2, axis=-1))))
+                return applied(self.down, self.dropout(self._inner(*mx.split(self._joined(x), 2, axis=-1))))
             self._joined = None  # somebody has other weights now
         inner = self._trained if self.training else self._inner
-        hidden = inner(self.gate(x), self.up(x)) if self.spec.gated else inner(self.up(x))
-        return self.down(self.dropout(hidden))
+        up = applied(self.up, x)
+        hidden = inner(applied(self.gate, x), up) if self.spec.gated else inner(up)
+        return applied(self.down, self.dropout(hidden))
 
     def join(self) -> None:
         """Compute gate and up as one where that is possible; for inference, see `joined`."""

@@ -10,6 +10,7 @@ from mlx import nn
 
 from mlxlm.kernels.cross_entropy import QuantizedWeight, VocabularyShard
 from mlxlm.layers import NoNormSpec, NormSpec, Spec, activation
+from mlxlm.layers.joined import applied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ class LanguageModelHead(nn.Module):
     def __call__(self, hidden: mx.array, embedding: nn.Embedding) -> mx.array:
         if self.spec.transform is not None:
             hidden = self.transform(hidden)
-        logits = embedding.as_linear(hidden) if self.spec.tied else self.output(hidden)
+        logits = applied(embedding if self.spec.tied else self.output, hidden)
         if self.spec.tied and self.spec.bias:
             logits = logits + self.bias
         if self.spec.scale != 1.0:

@@ -10,7 +10,7 @@ from mlxlm.errors import UsageError
 from mlxlm.generation.requests import Completion, Request, TokenChoice
 from mlxlm.generation.sampling import Sampling
 from mlxlm.generation.scheduler import Scheduler
-from mlxlm.generation.stepping import Stepping
+from mlxlm.generation.stepping import Stepping, forget_steps
 from mlxlm.layers import CacheSpec
 
 if TYPE_CHECKING:
@@ -65,7 +65,11 @@ def generate_tokens(
         cache_limit=cache_limit,
         stepping=stepping,
     )
-    return run(scheduler, requests, samples)
+    try:
+        return run(scheduler, requests, samples)
+    finally:
+        # The next thing to come may be an update, and compiled steps would keep the weights of today beside the new.
+        forget_steps(model)
 
 
 def make_requests(

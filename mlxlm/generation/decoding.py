@@ -240,6 +240,8 @@ def decode(
         return token, known
 
     steps = make_steps(model, cache)
+    if not model.config.has_memory:
+        cache.bound(len(tokens) + max_tokens)
     # Whoever stops early finds no token in the cache that was not yielded, so those ahead must be forgotten.
     ahead = 1 if model.config.has_memory else min(steps.stepping.ahead, cache.takes_back + 1)
     launched = deque([choose(steps.start([tokens]))])

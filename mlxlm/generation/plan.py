@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # Share of the free memory that caches may take; the rest is for activations, logits and what else runs.
 _CACHE_SHARE = 0.7
 _CHUNK_SHARE = 0.05
-_LONGEST_CHUNK, _SHORTEST_CHUNK = 2048, 64
+LONGEST_CHUNK, SHORTEST_CHUNK = 2048, 64
 # Larger matrix products gain nothing on a few cores, and the first token should not wait for a whole long chunk.
 _LONGEST_CPU_CHUNK = 512
 
@@ -101,12 +101,12 @@ def plan_generation(
 
 def prefill_chunk(model: Transformer) -> int:
     """Tokens of a prompt to read at once: a power of two whose activations take a small share of the free memory."""
-    longest = _LONGEST_CPU_CHUNK if runtime.backend() == "cpu" else _LONGEST_CHUNK
+    longest = _LONGEST_CPU_CHUNK if runtime.backend() == "cpu" else LONGEST_CHUNK
     free = free_bytes()
     if free is None:
         return longest
     tokens = int(free * _CHUNK_SHARE) // activation_bytes(model.config, size=value_bytes(model))
-    return min(longest, max(_SHORTEST_CHUNK, 1 << max(tokens, 1).bit_length() - 1))
+    return min(longest, max(SHORTEST_CHUNK, 1 << max(tokens, 1).bit_length() - 1))
 
 
 def value_bytes(model: Transformer) -> int:

@@ -84,6 +84,7 @@ class Rows:
                 held = Likelihoods.empty(len(self.rows)) if self._likelihoods is None else self._likelihoods
                 self._likelihoods = held.join(Likelihoods.empty(len(rows)) if known is None else known)
         self.rows = [*self.rows, *rows]
+        self.cache.bound(max(row.longest for row in self.rows))
         for row in rows:
             row.launched += 1
         mx.async_eval(self._tokens, *(self._likelihoods.arrays() if self._likelihoods else ()))

@@ -89,7 +89,8 @@ class Sampler:
 
         -1 for a row with a logit that is not a number: `chosen` makes an error of it once the token is read.
         """
-        logits = logits[:, : self.vocab_size]
+        if logits.shape[-1] > self.vocab_size:
+            logits = logits[:, : self.vocab_size]
         broken = mx.any(mx.isnan(logits), axis=-1)
         logits = self.processed(logits, added)
         greedy = None if all(self._random) else mx.argmax(logits, axis=-1)

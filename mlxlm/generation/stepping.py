@@ -108,6 +108,11 @@ def decoding_cache(model: Transformer, spec: CacheSpec | None = None, stepping: 
     return model.make_cache(spec)
 
 
+def forget_steps(model: Transformer) -> None:
+    """Let go of compiled steps and of the weights that they hold on to, as before an update of the weights."""
+    model._compiled_step = None
+
+
 def _same(one: list[mx.array], other: list[mx.array]) -> bool:
     return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from mlxlm.errors import PromptError, UnsupportedModelError
+from mlxlm.generation.plan import SHORTEST_CHUNK, prefill_chunk
 from mlxlm.generation.stepping import decoding_cache, default_stepping, make_step
 from mlxlm.layers import Cache
 
 if TYPE_CHECKING:
     from mlxlm.models import Transformer
-
-PREFILL_CHUNK = 512
 
 
 def check_generates(model: Transformer) -> None:
@@ -121,15 +120,17 @@ def make_steps(model: Transformer, cache: Cache | None = None) -> Steps:
     return MemorySteps(model, cache) if model.config.has_memory else Steps(model, cache)
 
 
-def prefill(model: Transformer, tokens: Sequence[int], cache: Cache, chunk: int = PREFILL_CHUNK) -> mx.array:
+def prefill(model: Transformer, tokens: Sequence[int], cache: Cache, chunk: int | None = None) -> mx.array:
     """Feed the tokens that the cache doesn't hold, chunk by chunk; hidden states (1, n, dim) of the last chunk.
 
-    A cache whose keys don't serve in so long a context is filled anew.
+    chunk: tokens at once, default what the memory plan says.  A cache whose keys don't serve in so long a context is filled anew.
     """
     total = len(tokens)
     if cache.length and not model.cache_serves(cache.length, total):
         cache.trim(0)
     left = mx.array(list(tokens[cache.length :]))[None]
+    if chunk is None:
+        chunk = left.shape[1] if left.shape[1] <= SHORTEST_CHUNK else prefill_chunk(model)
     while left.shape[1] > chunk:
         model.hidden(left[:, :chunk], cache=cache, context=total)
         mx.eval(cache.arrays())

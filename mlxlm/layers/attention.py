@@ -130,10 +130,11 @@ class Attention(nn.Module):
 
     def project(self, x: mx.array, scope: Scope) -> tuple[mx.array, mx.array, mx.array]:
         """Queries (B, H, L, D), keys and values (B, Hkv, L, D) of x (B, L, dim), turned by their positions."""
-        if self._joined is not None and not self.training and x.shape[1] <= FEW_TOKENS:
-            if self._joined.holds(self.query, self.key, self.value):
+        if self._joined is not None:
+            if self.training or not self._joined.holds(self.query, self.key, self.value):
+                self._joined = None  # other weights are there, or will be
+            elif x.shape[1] <= FEW_TOKENS:
                 return self._project_joined(self._joined(x), scope)
-            self._joined = None  # somebody has other weights now
         key, value = self._keys_and_values(x)
         query = self.query_norm(self._heads(applied(self.query, x)))
         return *self.positions.rotate(query, key, scope.positions), value

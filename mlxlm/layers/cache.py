@@ -38,6 +38,8 @@ class KeyValueCache:
         self.keys: Parts | None = None
         self.values: Parts | None = None
         self.length = 0
+        # Slots that will ever be needed, where somebody knows; growing doesn't go beyond.
+        self.most: int | None = None
         # How many of the first keys stand before all tokens: virtual ones, which no trimming forgets.
         self.virtual = 0
         # Keys and values of an encoder's output, projected once by a cross-attention layer.
@@ -100,7 +102,10 @@ class KeyValueCache:
             return
         # A quarter more than needed keeps the copies of a long generation linear in its length.
         extra = needed // 4 if self.keys is not None else 0
-        capacity = -(-(needed + extra) // self.block) * self.block
+        wanted = needed + extra
+        if self.most is not None:
+            wanted = max(needed, min(wanted, self.most))
+        capacity = -(-wanted // self.block) * self.block
         if self.keys is None or self.values is None or not self.length:
             like = like or (self.keys, self.values)  # type: ignore[assignment]
             self.keys, self.values = (tuple(_room(a, capacity) for a in parts) for parts in like)
@@ -252,6 +257,11 @@ class Cache:
         for layer in self.layers:
             layer.length = max(lengths) + layer.virtual
         self.lengths = None if len(set(lengths)) == 1 else lengths
+
+    def bound(self, tokens: int) -> None:
+        """Don't make room for more than so many tokens a row as long as they are enough."""
+        for layer in self.layers:
+            layer.most = tokens + layer.virtual
 
     @property
     def nbytes(self) -> int:

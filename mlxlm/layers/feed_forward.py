@@ -57,10 +57,11 @@ class FeedForward(nn.Module):
         self._joined: JoinedLinear | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
-        if self._joined is not None and not self.training and x.shape[-2] <= FEW_TOKENS:
-            if self._joined.holds(self.gate, self.up):
+        if self._joined is not None:
+            if self.training or not self._joined.holds(self.gate, self.up):
+                self._joined = None  # other weights are there, or will be
+            elif x.shape[-2] <= FEW_TOKENS:
                 return applied(self.down, self.dropout(self._inner(*mx.split(self._joined(x), 2, axis=-1))))
-            self._joined = None  # somebody has other weights now
         inner = self._trained if self.training else self._inner
         up = applied(self.up, x)
         hidden = inner(applied(self.gate, x), up) if self.spec.gated else inner(up)

@@ -8,7 +8,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxlm.errors import PromptError, UsageError
-from mlxlm.generation.stepping import Stepping, make_step
+from mlxlm.generation.stepping import Stepping, forget_steps, make_step
 from mlxlm.layers import AttentionSpec, CacheSpec, FeedForwardSpec, Scope, TokenPositions
 from mlxlm.models.loading import load_model
 
@@ -113,6 +113,28 @@ def test_joining_leaves_adapters_and_gradients_alone(fixture_model):
     assert list(found) == list(wanted)
     for name, gradient in wanted.items():
         np.testing.assert_allclose(np.array(found[name]), np.array(gradient), atol=1e-5, err_msg=name)
+
+
+def test_training_keeps_no_second_copy_of_the_weights(fixture_model):
+    model = load_model(fixture_model("llama"))
+    model.join_projections()
+    block = model.decoder.layers[0]
+    assert block.attention._joined is not None
+    model.train()
+    model(mx.array([list(range(5, 20))]))
+    assert block.attention._joined is None
+    assert block.feed_forward._joined is None
+
+
+def test_compiled_steps_are_kept_until_a_weight_changes(fixture_model):
+    model = load_model(fixture_model("llama"))
+    first = make_step(model, Stepping(compiled="pieces"))
+    assert make_step(model, Stepping(compiled="pieces")) is first
+    model.decoder.norm.weight = model.decoder.norm.weight * 2
+    second = make_step(model, Stepping(compiled="pieces"))
+    assert second is not first
+    forget_steps(model)
+    assert make_step(model, Stepping(compiled="pieces")) is not second
 
 
 def test_options_are_read_from_text(monkeypatch):

@@ -34,6 +34,16 @@ def test_a_step_within_the_room_copies_nothing():
     assert cache.keys[0].shape == room
 
 
+def test_room_stops_growing_where_nothing_will_come():
+    cache = Cache(1)
+    cache.bound(600)
+    for start in range(0, 600, 50):
+        cache[0].update(*made(50, start))
+    assert cache[0].capacity == 768
+    cache[0].update(*made(100, 600))  # what nobody expected has room too
+    assert cache[0].capacity == 768
+
+
 def test_trimming_forgets_the_end():
     cache = Cache(2)
     for layer in cache:

@@ -123,7 +123,8 @@ def make_steps(model: Transformer, cache: Cache | None = None) -> Steps:
 def prefill(model: Transformer, tokens: Sequence[int], cache: Cache, chunk: int | None = None) -> mx.array:
     """Feed the tokens that the cache doesn't hold, chunk by chunk; hidden states (1, n, dim) of the last chunk.
 
-    chunk: tokens at once, default what the memory plan says.  A cache whose keys don't serve in so long a context is filled anew.
+    A cache whose keys don't serve in so long a context is filled anew.  chunk: tokens at once, default what the memory
+    plan says.
     """
     total = len(tokens)
     if cache.length and not model.cache_serves(cache.length, total):

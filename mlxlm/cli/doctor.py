@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mlxlm.kernels.attention.selfcheck import Check
+    from mlxlm.layers import AttentionSpec
+    from mlxlm.models.config import StackSpec
 
 
 def doctor(
@@ -117,14 +119,37 @@ def _tune(model: str) -> None:
     path = find(model)
     if path.suffix == ".gguf":
         raise UnsupportedModelError("--tune reads shapes from a config.json; give a checkpoint directory or hub id")
-    attention = family_of(values := read_json(path / "config.json")).read_config(values).stack.layers[0].attention
-    dtype = "float32" if runtime.backend() == "cpu" else "bfloat16"
-    for line in selfcheck.tune(
-        heads=attention.num_heads,
-        kv_heads=attention.num_kv_heads,
-        head_dim=attention.head_dim,
-        value_dim=attention.head_dim,
-        dtype=dtype,
-        lengths=(256, 1024) if runtime.backend() == "cpu" else (512, 2048, 8192),
-    ):
-        print(f"tuned        {line}")
+    config = family_of(values := read_json(path / "config.json")).read_config(values)
+    shapes = {
+        _kernel_shape(layer.attention, _modifiers(stack, layer.attention))
+        for stack in (config.encoder, config.decoder)
+        if stack is not None
+        for layer in stack.layers
+    }
+    on_cpu = runtime.backend() == "cpu"
+    for shape in sorted(shapes, key=str):
+        for line in selfcheck.tune(
+            **dict(shape),
+            dtype="float32" if on_cpu else "bfloat16",
+            lengths=(256, 1024) if on_cpu else (512, 2048, 8192),
+        ):
+            print(f"tuned        {line}")
+
+
+def _kernel_shape(spec: AttentionSpec, modifiers: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:
+    """What the choice of a kernel depends on, as arguments of `selfcheck.tune`; layers that share it are timed once."""
+    heads = {"heads": spec.num_heads, "kv_heads": spec.num_kv_heads}
+    widths = {"head_dim": spec.head_dim, "value_dim": spec.head_dim}
+    return tuple((heads | widths | {"causal": spec.causal, "window": spec.window, "modifiers": modifiers}).items())
+
+
+def _modifiers(stack: StackSpec, spec: AttentionSpec) -> tuple[str, ...]:
+    """What is added to the scores of a layer, as the self-check names it."""
+    from mlxlm.layers import AlibiSpec, RelativeBucketsSpec
+
+    has = {
+        "alibi": isinstance(spec.positions, AlibiSpec),
+        "relative_bias": isinstance(spec.positions, RelativeBucketsSpec) or stack.positions is not None,
+        "softcap": spec.softcap is not None,
+    }
+    return tuple(name for name, present in has.items() if present)

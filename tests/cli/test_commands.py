@@ -157,6 +157,20 @@ def test_doctor_tunes_the_shapes_of_a_model(mlxlm_command, tiny_directory, tmp_p
     assert mlxlm_command("doctor", "--tune")[0] == 2
 
 
+@pytest.mark.parametrize(("name", "shapes"), [
+    ("t5", [(False, None, ("relative_bias",)), (True, None, ("relative_bias",))]),
+    ("gemma2", [(True, 5, ("softcap",)), (True, None, ("softcap",))]),
+    ("falcon-alibi", [(True, None, ("alibi",))]),
+])  # fmt: skip
+def test_doctor_tunes_every_kind_of_attention_of_a_model_once(name, shapes, mlxlm_command, fixture_model, monkeypatch):
+    from mlxlm.kernels.attention import selfcheck
+
+    asked = []
+    monkeypatch.setattr(selfcheck, "tune", lambda **shape: asked.append(shape) or [])
+    assert mlxlm_command("doctor", "--skip-check", "--tune", "--model", fixture_model(name))[0] == 0
+    assert sorted(((s["causal"], s["window"], s["modifiers"]) for s in asked), key=str) == shapes
+
+
 def test_version(mlxlm_command):
     assert mlxlm_command("--version")[1] == f"mlxlm {mlxlm.__version__}\n"
 

@@ -69,7 +69,22 @@ def test_on_metal_loading_checks_once(monkeypatch, capsys):
 
 def test_tuning_records_the_fastest_of_a_shape():
     lines = list(selfcheck.tune(heads=2, kv_heads=1, head_dim=16, value_dim=16, dtype="float32", lengths=(40,)))
-    assert [line.split(":")[0] for line in lines] == ["causal 40", "segments 40"]
+    assert [line.split(":")[0] for line in lines] == ["causal 40", "causal, segments 40"]
     choices = tuning.record(runtime.backend()).choices
     assert sorted(key.split()[-1] for key in choices) == ["causal", "causal+segments"]
     assert set(choices.values()) <= {"mlx", "tiled"}
+
+
+@pytest.mark.parametrize(
+    ("mask", "features"),
+    [
+        ({"causal": True, "window": 9}, ["causal+window", "causal+window+segments"]),
+        ({"causal": False}, ["lengths", "plain"]),
+        ({"causal": False, "modifiers": ("relative_bias",)}, ["lengths+relative_bias", "relative_bias"]),
+        ({"modifiers": ("alibi", "softcap")}, ["causal+alibi+softcap", "causal+segments+alibi+softcap"]),
+    ],
+)
+def test_tuning_times_the_masks_of_the_model(mask, features):
+    shape = {"heads": 1, "kv_heads": 1, "head_dim": 8, "value_dim": 8, "dtype": "float32", "lengths": (40,)}
+    assert len(list(selfcheck.tune(**shape, **mask))) == 2
+    assert sorted(key.split()[-1] for key in tuning.record(runtime.backend()).choices) == features

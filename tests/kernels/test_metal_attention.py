@@ -133,8 +133,10 @@ def test_the_same_call_gives_the_same_bits_in_any_order_of_threads(kind):
             np.testing.assert_array_equal(value, other[name], err_msg=name)
 
 
-def test_a_query_that_sees_no_key_gives_zero_and_so_do_its_gradients():
-    case = cases.Case(mask="nothing visible", sinks=True, alibi=True, bias="BHLS")
+@pytest.mark.parametrize(("dtype", "queries"), [("float32", 45), ("float16", 45), ("bfloat16", 45), ("bfloat16", 5)])
+def test_a_query_that_sees_no_key_gives_zero_and_so_do_its_gradients(dtype, queries):
+    """In decoding too, which is what five queries take."""
+    case = cases.Case(mask="nothing visible", sinks=True, alibi=True, bias="BHLS", dtype=dtype, queries=queries)
     data = cases.make(case)
     with cases.emulated_attention():
         found = cases.results(metal.attention, data)

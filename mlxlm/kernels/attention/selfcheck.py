@@ -62,6 +62,14 @@ def _prefix(batch: int, q: int, k: int) -> AttentionMask:
     return AttentionMask(causal=True, window=9, prefix_lengths=mx.array([5, 0][:batch]))
 
 
+Modifiers = Callable[[int, int, int], dict[str, Any]]  # from heads and lengths
+MODIFIERS: dict[str, Modifiers] = {
+    "alibi": lambda heads, q, k: {"alibi_slopes": mx.array([2.0**-i for i in range(1, heads + 1)])},
+    "relative_bias": lambda heads, q, k: {"relative_bias": mx.random.normal((heads, q + k - 1))},
+    "dense_bias": lambda heads, q, k: {"bias": mx.random.normal((1, heads, q, k))},
+    "softcap": lambda heads, q, k: {"softcap": 5.0},
+    "sinks": lambda heads, q, k: {"sinks": mx.random.normal((heads,))},
+}
 CASES = (
     Case(name="causal"),
     *(Case(name=f"causal {dtype}", dtype=dtype, dims=(d, d)) for dtype in ("float16", "bfloat16") for d in (64, 128)),
@@ -72,13 +80,7 @@ CASES = (
     Case(name="padding", mask=_lengths),
     Case(name="prefix and window", mask=_prefix),
     Case(name="rows without a key", mask=lambda batch, q, k: AttentionMask(key_lengths=mx.array([0, k][:batch]))),
-    Case(
-        name="ALiBi", modifiers=lambda heads, q, k: {"alibi_slopes": mx.array([2.0**-i for i in range(1, heads + 1)])}
-    ),
-    Case(name="relative bias", modifiers=lambda heads, q, k: {"relative_bias": mx.random.normal((heads, q + k - 1))}),
-    Case(name="dense bias", modifiers=lambda heads, q, k: {"bias": mx.random.normal((1, heads, q, k))}),
-    Case(name="soft-cap", modifiers=lambda heads, q, k: {"softcap": 5.0}),
-    Case(name="sinks", modifiers=lambda heads, q, k: {"sinks": mx.random.normal((heads,))}),
+    *(Case(name=name.replace("_", " "), modifiers=modifiers) for name, modifiers in MODIFIERS.items()),
     Case(name="dropout", modifiers=lambda heads, q, k: {"dropout": 0.2, "dropout_key": mx.random.key(3)}),
     Case(name="decoding", lengths=(1, 700)),
     Case(name="decoding bfloat16", lengths=(3, 300), dtype="bfloat16", dims=(128, 128), heads=(8, 2)),
@@ -192,17 +194,31 @@ def _compare(
 
 
 def tune(
-    *, heads: int, kv_heads: int, head_dim: int, value_dim: int, dtype: str, lengths: tuple[int, ...]
+    *,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+    dtype: str,
+    lengths: tuple[int, ...],
+    causal: bool = True,
+    window: int | None = None,
+    modifiers: tuple[str, ...] = (),
 ) -> Iterator[str]:
     """Time the implementations forward and backward on a model's shapes, and record the fastest of each.
 
-    lengths: of queries and keys.  Yields a line a shape; the record is written at the end.
+    lengths: of queries and keys.  causal, window: the mask of the model's attention, which is timed with packed
+    documents too where it is causal, with padded rows where it is not.  modifiers: names of MODIFIERS that it has.
+    Yields a line a shape; the record is written at the end.
     """
     backend = runtime.backend()
     choices: dict[str, str] = dict(tuning.record(backend).choices)
-    base = Case(name="tune", dtype=dtype, dims=(head_dim, value_dim), heads=(heads, kv_heads))
+    base = Case(
+        name="tune", dtype=dtype, dims=(head_dim, value_dim), heads=(heads, kv_heads),
+        modifiers=lambda *sizes: {k: v for name in modifiers for k, v in MODIFIERS[name](*sizes).items()},
+    )  # fmt: skip
     for length in lengths:
-        for name, mask in (("causal", base.mask), ("segments", _segments)):
+        for name, mask in _tuned_masks(causal, window).items():
             arrays, keywords = _problem(replace(base, lengths=(length, length), mask=mask))
             times = {
                 implementation: _seconds(implementation, arrays, keywords, dtype)
@@ -210,11 +226,25 @@ def tune(
                 if _serves(implementation, arrays, keywords, dtype)
             }
             best = min(times, key=lambda implementation: times[implementation])
-            query, key, value = (arrays[part].astype(getattr(mx, dtype)) for part in ("query", "key", "value"))
-            choices[tuning.problem_key(describe(query, key, value, keywords["mask"]))] = best
+            given = {name: array.astype(getattr(mx, dtype)) for name, array in arrays.items()} | keywords
+            del given["scale"]
+            choices[tuning.problem_key(describe(**given))] = best
             shown = ", ".join(f"{implementation} {1e3 * seconds:.1f} ms" for implementation, seconds in times.items())
-            yield f"{name} {length}: {shown}; chosen: {best}"
+            yield f"{', '.join((name, *modifiers))} {length}: {shown}; chosen: {best}"
     tuning.write_record(backend, disabled=tuning.record(backend).disabled, choices=choices)
+
+
+def _tuned_masks(causal: bool, window: int | None) -> dict[str, Callable[[int, int, int], AttentionMask]]:
+    """The masks that a model's attention meets, by name: alone, and with packed documents or padding."""
+    own = AttentionMask(causal=causal, window=window)
+    with_more = _segments if causal else _lengths
+    name = own.describe()
+    return {
+        name: lambda batch, q, k: own,
+        f"{name}, {'segments' if causal else 'padding'}": lambda batch, q, k: replace(
+            with_more(batch, q, k), causal=causal, window=window
+        ),
+    }
 
 
 def _seconds(implementation: str, arrays: dict[str, mx.array], keywords: dict[str, Any], dtype: str) -> float:

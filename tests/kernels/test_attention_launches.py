@@ -112,3 +112,11 @@ def test_parts_end_between_blocks():
         (queries, keys) for queries in ((0, 32), (32, 64), (64, 100)) for keys in ((0, 32), (32, 70))
     ]
     assert len(Split(queries=99).parts(problem, tile)) == 4, "no part is smaller than a block"
+
+
+def test_a_part_of_the_keys_never_gives_final_results():
+    few = replace(BASE, batch=64, heads=8, kv_heads=1, query_length=1, key_length=2**25)
+    planned = plan(few, M1)
+    assert planned.split("decode").keys > 1
+    assert planned.decode.splits == 2
+    assert plan(replace(few, key_length=2**15), M1).decode.splits == 1

@@ -44,8 +44,8 @@ class DeviceProfile:
 
 
 # Apple's architecture names: "applegpu_g13s" is generation 13 (M1), variant s (Max). The variant g is both the plain
-# chip and the Pro; its figures are the plain chip's. (cores, TFLOP/s, GB/s): cores and bandwidth after Apple's technical
-# specifications, float32 TFLOP/s as commonly reported; those of M5 and of Ultra chips not yet out are extrapolated.
+# chip and the Pro; its figures are the plain chip's. (cores, TFLOP/s, GB/s): cores and bandwidth after Apple's
+# technical specifications, float32 TFLOP/s as commonly reported; M5's and those of Ultra chips not out are guesses.
 _VARIANTS = {"p": "", "g": "", "c": " Max", "s": " Max", "d": " Ultra"}
 _CHIPS: dict[tuple[int, str], tuple[int, float, float]] = {
     (1, ""): (8, 2.6, 68), (1, " Max"): (32, 10.6, 400), (1, " Ultra"): (64, 21.2, 800),

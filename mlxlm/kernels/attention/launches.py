@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from mlxlm.kernels.attention.device import DeviceProfile
 from mlxlm.kernels.attention.problem import AttentionProblem
-from mlxlm.kernels.attention.tile import FRAGMENT, KernelTile
+from mlxlm.kernels.attention.tile import KernelTile
 
 DISPATCH_SECONDS = 0.25
 UTILISATION = 0.25  # assumed share of peak in the worst case, so that DISPATCH_SECONDS is an upper bound
@@ -113,8 +113,6 @@ def seconds(
     if tile is not None and kernel == "relative_bias_gradient":
         # A band of `threads` diagonals crosses more keys than that in a block of queries, and in whole tiles.
         widths *= (tile.block_queries + tile.threads - 1 + tile.block_keys) / tile.threads
-    if tile is not None and kernel == "decode":
-        widths *= FRAGMENT / tile.block_queries  # a fragment has eight rows, however many are there
     share = min(1.0, _threadgroups(kernel, problem, tile, part) / (CORE_THREADGROUPS * device.cores))
     computing = 2.0 * pairs * widths / (device.teraflops * 1e12)
     reading = elements * problem.element_bytes / (device.bandwidth * 1e9)

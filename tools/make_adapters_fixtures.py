@@ -19,11 +19,11 @@ import adapters
 import numpy as np
 import torch
 import transformers
+from adapter_inputs import arguments_for, inputs_for
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
 FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
-LENGTH, PADDED, DECODED = 9, 6, 5
 
 
 @dataclass(frozen=True)
@@ -65,29 +65,10 @@ def base_model(name: str) -> Any:
     return model.float().eval()
 
 
-def inputs_for(model: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Tokens, lengths and, for an encoder-decoder, tokens of the decoder."""
-    vocabulary = model.config.vocab_size
-    inputs = {
-        "tokens": rng.integers(3, vocabulary, (2, LENGTH)).astype(np.int32),
-        "lengths": np.array([LENGTH, PADDED], np.int32),
-    }
-    if model.config.is_encoder_decoder:
-        inputs["decoder_tokens"] = rng.integers(3, vocabulary, (2, DECODED)).astype(np.int32)
-    return inputs
-
-
 def logits_of(model: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
     """What a model answers to the inputs, in its own precision."""
-    tokens = torch.tensor(inputs["tokens"]).long()
-    arguments = {
-        "input_ids": tokens,
-        "attention_mask": (torch.arange(tokens.shape[1]) < torch.tensor(inputs["lengths"])[:, None]).long(),
-    }
-    if "decoder_tokens" in inputs:
-        arguments["decoder_input_ids"] = torch.tensor(inputs["decoder_tokens"]).long()
     with torch.no_grad():
-        return model(**arguments).logits.contiguous().numpy()
+        return model(**arguments_for(inputs)).logits.contiguous().numpy()
 
 
 def with_adapter(base: str, folder: Path) -> Any:

@@ -19,10 +19,10 @@ import numpy as np
 import peft
 import torch
 import transformers
+from adapter_inputs import arguments_for, inputs_for
 from safetensors.numpy import save_file
 
 FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
-LENGTH, PADDED, DECODED = 9, 6, 5
 
 
 @dataclass(frozen=True)
@@ -142,31 +142,10 @@ def base_model(name: str) -> Any:
     return kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-def inputs_for(model: Any, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Tokens, lengths and, for an encoder-decoder, tokens of the decoder."""
-    vocabulary = model.config.vocab_size
-    inputs = {
-        "tokens": rng.integers(3, vocabulary, (2, LENGTH)).astype(np.int32),
-        "lengths": np.array([LENGTH, PADDED], np.int32),
-    }
-    if getattr(model.config, "pad_token_id", None) is not None:
-        inputs["tokens"][1, PADDED:] = model.config.pad_token_id  # by which heads that read the last token find it
-    if model.config.is_encoder_decoder:
-        inputs["decoder_tokens"] = rng.integers(3, vocabulary, (2, DECODED)).astype(np.int32)
-    return inputs
-
-
 def logits_of(model: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
     """What a PEFT model answers to the inputs, for the given tokens alone, in the model's precision."""
-    tokens = torch.tensor(inputs["tokens"]).long()
-    arguments = {
-        "input_ids": tokens,
-        "attention_mask": (torch.arange(tokens.shape[1]) < torch.tensor(inputs["lengths"])[:, None]).long(),
-    }
-    if "decoder_tokens" in inputs:
-        arguments["decoder_input_ids"] = torch.tensor(inputs["decoder_tokens"]).long()
     with torch.no_grad():
-        logits = model(**arguments).logits
+        logits = model(**arguments_for(inputs)).logits
     length = (inputs["decoder_tokens"] if "decoder_tokens" in inputs else inputs["tokens"]).shape[1]
     # Contiguous: safetensors would write the memory of a view as it lies.
     return (logits if logits.ndim == 2 else logits[:, -length:]).contiguous().numpy()

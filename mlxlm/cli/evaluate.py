@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlxlm.cli import options as opt
-from mlxlm.errors import UsageError, nearest
+from mlxlm.errors import DataError, UsageError, nearest
 
 if TYPE_CHECKING:
     from mlxlm.data import Rows
@@ -109,7 +109,9 @@ def _rows(data: str, split: str | None, limit: int | None) -> Rows:
 
     path = Path(data)
     if path.suffix == ".txt" and path.is_file():
-        texts = read_documents(Source(location=data), [path])
+        texts = list(read_documents(Source(location=data), [path]))
+        if not texts:
+            raise DataError(f"{data} is empty; there is no text to evaluate on")
         return check_rows(data, ((data, {"text": text}) for text in texts), limit)
     if path.is_file():
         if split is not None:

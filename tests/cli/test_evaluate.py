@@ -92,6 +92,7 @@ def test_a_folder_has_splits_and_a_limit_takes_the_first_rows(mlxlm_command, tin
         (["--data", "DATA", "--predictions", "FOLDER"], "no file that can be written"),
         (["--tasks", "toy", "--stride", "3"], "--stride is for --data"),
         (["--data", "EMPTY"], "has no rows"),
+        (["--data", "BLANK"], "is empty"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -100,8 +101,10 @@ def test_mistakes_are_one_line_and_status_2(arguments, message, mlxlm_command, t
         "DATA": write(tmp_path / "rows.jsonl", ROWS["completion"]),
         "TEXT": write(tmp_path / "text.jsonl", [{"text": "abc"}]),
         "EMPTY": write(tmp_path / "empty.jsonl", []),
+        "BLANK": tmp_path / "blank.txt",
         "FOLDER": tmp_path,
     }
+    named["BLANK"].write_text("\n")
     given = [named.get(argument, argument) for argument in arguments]
     status, out, err = mlxlm_command("evaluate", "--model", tiny_directory, *given)
     assert (status, out, err.count("\n")) == (2, "", 1)

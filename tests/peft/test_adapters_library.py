@@ -9,6 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from adapter_fixtures import fixture_differences
 
 from mlxlm import peft
 from mlxlm.models import load_model
@@ -26,21 +27,7 @@ def base_of(name):
 
 
 def differences(model, name):
-    """Largest errors of the valid places of each row, relative to the largest logit if that is above 1."""
-    expected = {
-        key: np.array(array)
-        for key, array in mx.load(str(FIXTURES / "adapters" / name / "expected.safetensors")).items()
-    }
-    worst = []
-    for row, length in enumerate(expected["lengths"].tolist()):
-        keywords = {"key_lengths": mx.array([length])}
-        if "decoder_tokens" in expected:
-            keywords["decoder_tokens"] = mx.array(expected["decoder_tokens"][row : row + 1])
-        got = np.array(model(mx.array(expected["tokens"][row : row + 1]), **keywords)[0])
-        wanted = expected["logits"][row]
-        valid = len(wanted) if "decoder_tokens" in expected else length
-        worst.append(np.abs(got - wanted)[:valid].max() / max(1.0, np.abs(wanted).max()))
-    return worst
+    return fixture_differences(model, FIXTURES / "adapters" / name)
 
 
 @pytest.mark.parametrize("name", NAMES)

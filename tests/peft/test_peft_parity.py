@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from adapter_fixtures import fixture_differences
 
 from mlxlm.models import load_model
 from mlxlm.peft import load_adapter, save_adapter, unload
@@ -24,34 +25,8 @@ def config_of(name):
     return json.loads((FIXTURES / "peft" / name / "adapter_config.json").read_text())
 
 
-def answers(model, expected):
-    """Logits of the fixture's inputs, one row at a time where padding might be treated differently."""
-    rows = []
-    for tokens, length, decoder in zip(
-        expected["tokens"],
-        expected["lengths"].tolist(),
-        expected.get("decoder_tokens", [None] * len(expected["tokens"])),
-        strict=True,
-    ):
-        keywords = {"key_lengths": mx.array([length])}
-        if decoder is not None:
-            keywords["decoder_tokens"] = decoder[None]
-        rows.append(model(tokens[None], **keywords))
-    return rows
-
-
 def differences(model, name):
-    """Largest errors of the valid places of each row, relative to the largest logit if that is above 1."""
-    expected = mx.load(str(FIXTURES / "peft" / name / "expected.safetensors"))
-    worst = []
-    for row, logits in enumerate(answers(model, expected)):
-        wanted = np.array(expected["logits"][row])
-        got = np.array(logits[0])
-        if wanted.ndim == 2 and "decoder_tokens" not in expected:
-            valid = int(expected["lengths"][row])
-            wanted, got = wanted[:valid], got[:valid]
-        worst.append(np.abs(wanted - got).max() / max(1.0, np.abs(wanted).max()))
-    return worst
+    return fixture_differences(model, FIXTURES / "peft" / name)
 
 
 @pytest.mark.parametrize("name", NAMES)

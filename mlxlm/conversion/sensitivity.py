@@ -1,9 +1,10 @@
 """Bits where they matter: how much a module's rounding costs, and the cheapest recipe of a size.
 
-The loss of a model whose weights change by d grows, to second order, by d^T H d / 2. H is taken as the diagonal of the
-empirical Fisher information, the mean of squared gradients of single texts, as in Optimal Brain Damage (LeCun et al.
-1989) and its successors. A recipe of a given size then is a knapsack with one form for every module, which a greedy
-walk along the lower convex hulls solves up to one step (Sinha and Zoltners 1979).
+The loss of a model whose weights change by d grows, to second order, by d^T F d / 2, with F the Fisher information. Of
+a linear module, F is taken as the product of two parts, K-FAC's (Martens and Grosse 2015, arXiv:1503.05671): the mean
+of x x^T over its inputs, and of squared gradients for each output; of the table of tokens, as its diagonal, the mean of
+squared gradients of single texts. A recipe of a given size then is a knapsack with one form for every module, which a
+greedy walk along the lower convex hulls solves up to one step (Sinha and Zoltners 1979).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlm.checkpoint import Quantization, dequantize
-from mlxlm.conversion.calibration import check_language_model, losses
+from mlxlm.conversion.calibration import check_language_model, gram_matrices, layer_inputs, losses
 from mlxlm.conversion.quantizing import quantize
 from mlxlm.conversion.recipes import Module, Recipe
 from mlxlm.errors import UsageError
@@ -68,13 +69,16 @@ def costs(
     importance: Mapping[str, mx.array],
     forms: Iterable[Quantization],
     dtype: mx.Dtype,
-) -> dict[str, list[Choice]]:
+    grams: Mapping[str, mx.array] | None = None,
+    found: dict[str, dict[Quantization, Choice]] | None = None,
+) -> dict[str, dict[Quantization, Choice]]:
     """By path on disk, every form that fits the rows of the modules there.
 
-    importance: from `fisher`.  dtype: of scales, which sizes depend on.
+    importance: from `fisher`.  dtype: of scales, which sizes depend on.  grams: of the inputs of modules that have
+    them, by path.  found: an earlier result to add to.
     """
     own = dict(tree_flatten(model.parameters()))
-    found: dict[str, dict[Quantization, Choice]] = {}
+    found, grams = {} if found is None else found, grams or {}
     for module in modules:
         weight = own[f"{module.path}.weight"].astype(mx.float32)
         for form in forms:
@@ -82,11 +86,42 @@ def costs(
                 continue
             packed = quantize(weight.astype(dtype), form)
             change = dequantize(*packed, form, mx.float32) - weight
-            cost = (mx.square(change) * importance[module.path]).sum().item() / 2
+            cost = _growth(change, importance[module.path], grams.get(module.path)).item()
             nbytes = sum(part.nbytes for part in packed if part is not None)
             here = found.setdefault(module.hub, {})
             before = here.get(form, Choice(form=form, cost=0.0, nbytes=0))
             here[form] = Choice(form=form, cost=before.cost + cost, nbytes=before.nbytes + nbytes)
+    return found
+
+
+def _growth(change: mx.array, importance: mx.array, gram: mx.array | None) -> mx.array:
+    """How much the loss grows by a change of a weight (out, in), to second order."""
+    if gram is None:
+        return (mx.square(change) * importance).sum() / 2
+    # importance is the mean of g^2 x^2: by output, its sum over inputs is that of g^2 times the trace of x x^T.
+    outputs = importance.sum(axis=1) / mx.maximum(mx.trace(gram), 1e-30)
+    return (outputs * ((change @ gram) * change).sum(axis=1)).sum() / 2
+
+
+def _all_costs(
+    model: Transformer,
+    modules: list[Module],
+    importance: Mapping[str, mx.array],
+    forms: list[Quantization],
+    dtype: mx.Dtype,
+    rows: mx.array,
+) -> dict[str, list[Choice]]:
+    """`costs` of all modules, layer by layer, so that the inputs of one layer are in memory at once."""
+    layers = [f"decoder.layers.{number}." for number in range(len(model.decoder.layers))]
+    outside = [module for module in modules if not module.path.startswith("decoder.layers.")]
+    found = costs(model, outside, importance, forms, dtype)
+    inputs = layer_inputs(model, rows)
+    for prefix, layer in zip(layers, model.decoder.layers, strict=True):
+        grams = {prefix + path: gram for path, gram in gram_matrices(layer, inputs)[0].items()}
+        here = [module for module in modules if module.path.startswith(prefix)]
+        costs(model, here, importance, forms, dtype, grams, found)
+        inputs = [(layer(x, scope, None, None), scope) for x, scope in inputs]
+        mx.eval([x for x, _ in inputs])
     return {hub: list(choices.values()) for hub, choices in found.items()}
 
 
@@ -156,7 +191,7 @@ def sensitive_recipe(
     named = {module.path: Recipe(default=None, layers=fixed.layers).form(module) for module in modules}
     free = [m for m in modules if named[m.path] is None and probe.form(m) is not None]
     importance = fisher(model, [module.path for module in free], rows, say)
-    choices = costs(model, free, importance, forms, dtype)
+    choices = _all_costs(model, free, importance, list(forms), dtype, rows)
     taken = sum(module.shape[0] * module.shape[1] for module in free if module.hub in choices)
     own = dict(tree_flatten(model.parameters()))
     rest = sum(array.size for array in own.values()) - taken

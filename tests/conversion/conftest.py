@@ -19,15 +19,15 @@ WIDTHS = {
 }
 
 
-def made(name: str, folder: Path, dtype: mx.Dtype = mx.float32) -> Path:
-    """A checkpoint with random weights like the fixture of this name, but 128 wide."""
+def made(name: str, folder: Path, **changes: object) -> Path:
+    """A checkpoint with random weights like the fixture of this name, but 128 wide. changes: of its config.json."""
     values = json.loads((FIXTURES / name / "config.json").read_text())
     values |= {key: value for key, value in WIDTHS.items() if key in values and values[key] is not None}
     if values.get("num_key_value_heads", 1) > 1:
         values["num_key_value_heads"] = values.get("num_attention_heads", 4) // (2 if values.get("head_dim") else 1)
+    values |= changes
     mx.random.seed(7)
     model = Transformer(family_of(values).read_config(values))
-    model.set_dtype(dtype)
     save(model, None, folder, family=values["model_type"])
     return folder
 
@@ -35,4 +35,4 @@ def made(name: str, folder: Path, dtype: mx.Dtype = mx.float32) -> Path:
 @pytest.fixture
 def wide(tmp_path):
     """A function: name of a parity fixture -> a fresh checkpoint like it, 128 wide."""
-    return lambda name, dtype=mx.float32: made(name, tmp_path / name, dtype)
+    return lambda name, **changes: made(name, tmp_path / name, **changes)

@@ -29,10 +29,10 @@ def inside(directory: Path, name: str) -> Path:
     try:
         target = file.resolve()
     except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{directory}: weight file {name!r} can't be found: {error}") from error
+        raise CheckpointError(f"{directory}: file {name!r} can't be found: {error}") from error
     allowed = [root, *_hub_blobs(root)]
     if Path(name).is_absolute() or ".." in Path(name).parts or not any(map(target.is_relative_to, allowed)):
-        raise CheckpointError(f"{directory}: weight file {name!r} lies outside the directory (at {target})")
+        raise CheckpointError(f"{directory}: file {name!r} lies outside the directory (at {target})")
     return file
 
 

@@ -36,6 +36,7 @@ _VERSION = 1001
 # Under which names trainers keep the weights among other things.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _MAX_STORAGES = 200_000
+_MAX_DIRECTORY_BYTES = 25_000_000  # of a zip archive: room for as many entries
 
 
 def open_torch(path: str | os.PathLike[str]) -> Checkpoint:
@@ -145,7 +146,7 @@ def _read_file(file: Path) -> Iterator[tuple[str, _Place]]:
                 raise CheckpointError(f"{file} is a Git LFS pointer, not the weights; run: git lfs pull")
             stream.seek(0)
             if start.startswith(b"PK"):
-                value, starts, big_endian = _read_archive(file, stream)
+                value, starts, big_endian = _read_archive(stream)
             else:
                 (value, starts), big_endian = _read_legacy(stream, size), False
         for name, tensor in _state_dict(value).items():
@@ -163,8 +164,9 @@ def _read_file(file: Path) -> Iterator[tuple[str, _Place]]:
 _Starts = dict[str, tuple[int, int]]
 
 
-def _read_archive(file: Path, stream: BinaryIO) -> tuple[Any, _Starts, bool]:
+def _read_archive(stream: BinaryIO) -> tuple[Any, _Starts, bool]:
     size = os.fstat(stream.fileno()).st_size
+    _check_directory(stream, size)
     with zipfile.ZipFile(stream) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         pickles = [name for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
@@ -186,6 +188,21 @@ def _read_archive(file: Path, stream: BinaryIO) -> tuple[Any, _Starts, bool]:
         }
         stream.seek(_start_of(stream, entries[pickles[0]], size))
         return read_pickle(stream), starts, big_endian
+
+
+def _check_directory(stream: BinaryIO, size: int) -> None:
+    """Raise Refused when the archive's directory is larger than any model's, before all of it is read."""
+    tail_size = min(size, 66_000)
+    stream.seek(size - tail_size)
+    tail = stream.read(tail_size)
+    found = []
+    for mark, place, length in ((b"PK\5\6", 12, 4), (b"PK\6\6", 40, 8)):  # the end record, and that of large archives
+        at = tail.rfind(mark)
+        if at >= 0:
+            found.append(int.from_bytes(tail[at + place : at + place + length], "little"))
+    if any(_MAX_DIRECTORY_BYTES < claimed != 2**32 - 1 for claimed in found):
+        raise Refused(f"it claims a directory of {max(found)} bytes")
+    stream.seek(0)
 
 
 def _start_of(stream: BinaryIO, entry: zipfile.ZipInfo, size: int) -> int:

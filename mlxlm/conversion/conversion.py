@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlxlm.checkpoint.files import write_bytes_atomic
+from mlxlm.checkpoint.shards import inside
 from mlxlm.conversion.card import model_card
 from mlxlm.conversion.mapping import Move
 from mlxlm.conversion.parts import Parts, check_free
@@ -106,6 +107,7 @@ def convert(
     """
     output = Path(output)
     check_free(output)
+    check_links(Path(source))
     opened = open_model(Path(source))
     tokenizer = read_tokenizer(opened)
     job = target.job(opened, tokenizer, output)
@@ -142,6 +144,16 @@ def convert(
     if isinstance(target, GgufTarget):
         write_bytes_atomic(output.with_suffix(".md"), card.encode("utf-8"))
     return result
+
+
+def check_links(source: Path) -> None:
+    """Raise CheckpointError when a file in a model's folder is a link that leaves it, other than in the hub's cache:
+    its content would be carried along into the result.
+    """
+    if source.is_dir():
+        for file in source.rglob("*"):
+            if file.is_symlink():
+                inside(source, str(file.relative_to(source)))
 
 
 def read_tokenizer(opened: OpenedModel) -> Tokenizer | None:

@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlxlm.checkpoint import TensorInfo, dequantize
+from mlxlm.errors import CheckpointError
 from mlxlm.models import OpenedModel, Transformer
 from mlxlm.models.weights import Rule, Translation, check, check_copies, hub_name, to_canonical, to_hub
 
@@ -84,13 +85,19 @@ class Translator:
         return {name: tuple(array.shape) for name, array in inside.items()}
 
     def read(self, move: Move) -> dict[str, mx.array]:
-        """The move's tensors by their names in the target; lazy where the source's are."""
+        """The move's tensors by their names in the target; lazy where the source's are.
+
+        Raises CheckpointError for weights that are NaN, or too large for the dtype they are to have.
+        """
         tensors: dict[str, mx.array] = {}
         for unit in move.units:
             tensors |= self._read(unit)
         translation = to_canonical(self.opened.rules, tensors)
         if self.opened.source.config.head is not None:
             check_copies(translation)
+        for name, array in translation.tensors.items():
+            if mx.issubdtype(array.dtype, mx.floating) and mx.isnan(array).any().item():
+                raise CheckpointError(f"{translation.origins[name]} holds NaN: the source is damaged")
         return to_hub(self.rules, self.change(translation.tensors))
 
     # ------------------------------------------------------------------------------------------------ the source
@@ -139,7 +146,7 @@ class Translator:
         return own if isinstance(own, mx.Dtype) and info.dtype != "float64" else self.dtype or self.loose
 
     def _read(self, unit: tuple[str, ...]) -> dict[str, mx.array]:
-        arrays = self.opened.checkpoint.load(unit)
+        arrays, tensors = self.opened.checkpoint.load(unit), self.opened.checkpoint.tensors
         path = self._path(unit)
         if path is not None and self.keep:
             return arrays
@@ -147,9 +154,7 @@ class Translator:
             parts = (arrays.get(f"{path}.{kind}") for kind in _PARTS)
             form = self.opened.quantizations[path]
             return {f"{path}.weight": dequantize(*parts, form, self.dtype or self.loose)}
-        return {
-            name: array.astype(self._dtype_of(self.opened.checkpoint.tensors[name])) for name, array in arrays.items()
-        }
+        return {name: _cast(name, array, self._dtype_of(tensors[name])) for name, array in arrays.items()}
 
     # ------------------------------------------------------------------------------------------------ the whole
 
@@ -175,6 +180,14 @@ class Translator:
         for unit in units:
             outline |= self._outline(unit, keep=keep)
         return to_canonical(self.opened.rules, outline).tensors
+
+
+def _cast(name: str, array: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Raise CheckpointError when finite values become infinite."""
+    result = array.astype(dtype)
+    if dtype == mx.float16 != array.dtype and (mx.isinf(result) & mx.isfinite(array)).any().item():
+        raise CheckpointError(f"{name} has values too large for float16; give bfloat16 or float32")
+    return result
 
 
 class _Groups:

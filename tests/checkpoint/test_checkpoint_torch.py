@@ -210,6 +210,16 @@ def test_archives_that_torch_never_writes_are_refused(tmp_path):
         open_torch(tmp_path / "d.bin")
 
 
+def test_a_huge_directory_is_refused_before_it_is_read(tmp_path):
+    path = archive(tmp_path / "a.bin", GOOD)
+    content = bytearray(path.read_bytes())
+    place = content.rfind(b"PK\5\6") + 12
+    content[place : place + 4] = struct.pack("<I", 2**31)
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="claims a directory of 2147483648 bytes"):
+        open_torch(path)
+
+
 def test_a_tensor_is_only_described_until_it_is_asked_for():
     value = read_pickle(io.BytesIO(GOOD))["a"]
     assert isinstance(value, StridedTensor)

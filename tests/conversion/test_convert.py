@@ -249,14 +249,15 @@ def test_a_disk_that_is_too_small_is_noticed_first(wide, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------- bad sources
 
 
-def test_nan_cannot_be_quantized_and_leaves_nothing(wide, tmp_path):
+@pytest.mark.parametrize("target", [FOUR_BITS, HubTarget()], ids=["quantized", "floats"])
+def test_nan_is_refused_and_leaves_nothing(target, wide, tmp_path):
     source = wide("llama")
     arrays = open_safetensors(source).load()
     broken = arrays["model.layers.1.mlp.up_proj.weight"]
     broken[3, 5] = float("nan")
     mx.save_safetensors(str(source / "model.safetensors"), arrays, {"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"decoder\.layers\.1\.feed_forward\.up\.weight holds NaN"):
-        convert(source, tmp_path / "out", FOUR_BITS)
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN"):
+        convert(source, tmp_path / "out", target)
     assert listing(tmp_path) == ["llama"]
 
 
@@ -280,3 +281,26 @@ def test_a_copy_of_a_tied_weight_that_differs_is_refused(fixture_model, tmp_path
     mx.save_safetensors(str(source / "model.safetensors"), arrays, {"format": "pt"})
     with pytest.raises(WeightsError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
         convert(source, tmp_path / "out", HubTarget())
+
+
+def test_values_too_large_for_a_dtype_are_refused(fixture_model, tmp_path):
+    source = fixture_model("llama")
+    arrays = open_safetensors(source).load()
+    arrays["model.norm.weight"] = arrays["model.norm.weight"] * 1e6
+    mx.eval(arrays)
+    mx.save_safetensors(str(source / "model.safetensors"), arrays, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight has values too large for float16"):
+        convert(source, tmp_path / "out", HubTarget(dtype="float16"))
+
+
+@pytest.mark.parametrize(
+    "name", ["generation_config.json", "README.md", "chat_template.jinja", "1_Pooling/config.json"]
+)
+def test_links_out_of_the_folder_are_not_carried_along(name, fixture_model, tmp_path):
+    source = fixture_model("llama")
+    (tmp_path / "secret").write_text("{}")
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match="lies outside the directory"):
+        convert(source, tmp_path / "out", HubTarget())
+    assert not (tmp_path / "out").exists()

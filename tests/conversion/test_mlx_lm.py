@@ -14,8 +14,8 @@ from mlxlm.models import load_model
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
 
-# Without what mlx-lm 0.32 leaves out (biases of Gemma, other feed-forward widths than 4 times the model's). Four tokens: it also
-# ignores windows, which then make no difference.
+# Without what mlx-lm 0.32 leaves out: biases of Gemma, other feed-forward widths than 4 times the model's. Four tokens,
+# because it also ignores windows, which then make no difference.
 FAMILIES = {
     "llama": {},
     "llama-tied": {},

@@ -134,8 +134,8 @@ def main() -> None:
             found = json.loads(done.stdout.splitlines()[-1])
             verdict = "within" if found["peak"] <= bound else "ABOVE"
             print(
-                f"{kind}: peak {found['peak'] / 1e9:.2f} GB ({found['before'] / 1e9:.2f} GB before), {verdict} the bound; "
-                f"{found['bytes'] / 1e9:.2f} GB written in {found['seconds']:.0f} s",
+                f"{kind}: peak {found['peak'] / 1e9:.2f} GB ({found['before'] / 1e9:.2f} GB before), {verdict} the "
+                f"bound; {found['bytes'] / 1e9:.2f} GB written in {found['seconds']:.0f} s",
                 flush=True,
             )
             shutil.rmtree(output) if output.is_dir() else output.unlink()

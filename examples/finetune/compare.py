@@ -21,6 +21,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 METHODS = sorted(path.stem for path in HERE.glob("*.yaml"))
+MARKERS = "osD^v<>Pp*hXd8"
 AXES = {"trainable": "trainable parameters", "seconds": "training time, s", "peak_memory": "peak memory, GB"}
 
 
@@ -65,18 +66,19 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, plots = pyplot.subplots(1, len(AXES), figsize=(5 * len(AXES), 4.5), sharey=True)
+    figure, plots = pyplot.subplots(1, len(AXES), figsize=(4.6 * len(AXES) + 2, 4.5), sharey=True)
+    colours = pyplot.colormaps["tab20"].colors
     for plot, (key, title) in zip(plots, AXES.items(), strict=True):
         scale = 1e-9 if key == "peak_memory" else 1
-        for name, results in sorted(found.items()):
-            place = results[key] * scale, 100 * quality(results)
-            plot.plot(*place, "o")
-            plot.annotate(name, place, textcoords="offset points", xytext=(4, 4), fontsize=8)
+        for number, (name, results) in enumerate(sorted(found.items())):
+            look = {"color": colours[number % 20], "marker": MARKERS[number % len(MARKERS)], "alpha": 0.85}
+            plot.plot(results[key] * scale, 100 * quality(results), linestyle="", markersize=9, label=name, **look)
         plot.set_xlabel(title)
         plot.grid(alpha=0.3)
         if key == "trainable":
             plot.set_xscale("log")
     plots[0].set_ylabel("right answers on the test rows, %")
+    plots[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

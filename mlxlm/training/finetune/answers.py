@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,14 +65,30 @@ def answers(
         return [text.strip() for text in batch_generate(model, tokenizer, asked, max_tokens=most)]
 
 
-def shown(tokenizer: Tokenizer, kind: Kind, labels: Sequence[str], example: Example) -> tuple[str, str]:
-    """A row's prompt and the answer wanted, as a person reads them."""
+def shown(
+    tokenizer: Tokenizer, kind: Kind, labels: Sequence[str], example: Example, row: Mapping[str, Any]
+) -> tuple[str, str]:
+    """A row's prompt and the answer wanted, as a person reads them, without what a chat template puts around them."""
+    asked = _asked(row)
     if kind == "sequence":
-        return tokenizer.decode(example.tokens), labels[example.label]  # type: ignore[index]
+        return asked, labels[example.label]  # type: ignore[index]
     if kind == "tokens":
-        return tokenizer.decode(example.tokens), " ".join(labels[label] for label in example.label if label != IGNORE)  # type: ignore[union-attr]
-    asked, wanted = _question(example)
-    return tokenizer.decode(asked), tokenizer.decode(wanted).strip()
+        return asked, " ".join(labels[label] for label in example.label if label != IGNORE)  # type: ignore[union-attr]
+    prompt, wanted = _question(example)
+    whole = "text" in row and "label" not in row  # a text to go on with: its beginning is the prompt
+    return tokenizer.decode(prompt) if whole else asked, tokenizer.decode(wanted).strip()
+
+
+def _asked(row: Mapping[str, Any]) -> str:
+    """What a row asks: of a chat the last thing that the user says before the last answer."""
+    if "messages" in row:
+        turns = row["messages"]
+        last = max(number for number, turn in enumerate(turns) if turn["role"] == "assistant")
+        said = [turn.get("content") for turn in turns[:last] if turn["role"] != "assistant"]
+        return next((text for text in reversed(said) if isinstance(text, str)), "")
+    if "tokens" in row:
+        return " ".join(row["tokens"])
+    return next((row[name] for name in ("prompt", "source", "text") if name in row), "")
 
 
 def _question(example: Example) -> tuple[list[int], list[int]]:

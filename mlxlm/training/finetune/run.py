@@ -96,12 +96,14 @@ class Outcome:
 class Run:
     """A run made ready by `prepare`.
 
-    examples: of all splits.  counts: of parameters.  settings: with what the memory plan chose.  plan: in bytes.
+    splits, examples: all rows, and what became of them.  counts: of parameters.  settings: with what the memory plan
+    chose.  plan: in bytes.
     """
 
     settings: FinetuneSettings
     model: Transformer
     tokenizer: Tokenizer
+    splits: dict[str, Rows]
     examples: rows_of.Examples
     counts: peft.Counts
     plan: plans.MemoryPlan
@@ -198,7 +200,8 @@ class Run:
         return askable(self.examples.splits[split], self.examples.kind, self.settings.samples)
 
     def _shown(self, example: Any) -> tuple[str, str]:
-        return shown(self.tokenizer, self.examples.kind, self.examples.labels, example)
+        row = next(row for rows in self.splits.values() for where, row in rows.rows if where == example.where)
+        return shown(self.tokenizer, self.examples.kind, self.examples.labels, example, row)
 
     def _answers(self, asked: list[Any]) -> list[str]:
         found = self.examples
@@ -264,8 +267,8 @@ def prepare(settings: FinetuneSettings, *, resume: bool = False, say: Say = prin
     examples = rows_of.encode(splits, kind, labels, model, tokenizer, settings)
     counts = peft.count_parameters(model)
     settings, plan = fitted(settings, model, examples)
-    run = Run(settings, model, tokenizer, examples, counts, plan, say)
-    for text in _lines(run, splits):
+    run = Run(settings, model, tokenizer, splits, examples, counts, plan, say)
+    for text in _lines(run):
         say(text)
     return run
 
@@ -390,7 +393,7 @@ def fitted(
     return settings, plans.predict(model, wanted)
 
 
-def _lines(run: Run, splits: dict[str, Rows]) -> list[str]:
+def _lines(run: Run) -> list[str]:
     """What a person should know before the run starts."""
     settings, model, examples, counts = run.settings, run.model, run.examples, run.counts
     method, source, training = peft.content_of(model).method, model.source, run.train_settings
@@ -402,7 +405,7 @@ def _lines(run: Run, splits: dict[str, Rows]) -> list[str]:
     again = f", {layers} layers computed again" if layers else ""
     times = f", {training.accumulation} times an update" if training.accumulation > 1 else ""
     length = "" if settings.iters is not None else f" ({settings.epochs or 3} epochs)"
-    first, *rest = rows_of.described(splits, examples)
+    first, *rest = rows_of.described(run.splits, examples)
     return [
         f"model   {source.path.name}: {source.family.name}, {counts.total / 1e6:.1f}M parameters, {dtype}",
         f"data    {first}",

@@ -70,11 +70,10 @@ def _run(given: dict[str, Any], config: str | None, resume: bool) -> Outcome:
     elif config is not None:
         values = read_yaml(config, "expected settings such as `learning_rate: 1e-4`")
     settings = FinetuneSettings.from_json(_merged(values, given))
+    console = Console()
     outside = [reporter(name, settings.folder) for name in settings.report_to]
-    return run(
-        settings, [Console(), MetricsFile(settings.folder), *outside], resume=resume,
-        say=lambda text: print(text, file=sys.stderr, flush=True),
-    )  # fmt: skip
+    reporters = [console, MetricsFile(settings.folder), *outside]
+    return run(settings, reporters, resume=resume, say=console.on_message)
 
 
 def _merged(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

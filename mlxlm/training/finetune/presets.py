@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-# By method: the learning rate, in the order of the papers' own, found to work on small tasks; whether weights that are
-# quantized on disk stay so (None: as the device prefers it), since whole weights that are trained can't be.
+# By method: the learning rate, which is that of examples/finetune, where what it leads to is written down, but lower where
+# whole weights of larger models are trained; whether weights that are quantized on disk stay so (None: as the device
+# prefers it), since whole weights that are trained can't be.
 METHOD_PRESETS: dict[str, dict[str, Any]] = {
     "full": {"learning_rate": 1e-4, "quantized": False},
     "last-layers": {"learning_rate": 3e-4, "quantized": False},
@@ -13,13 +14,13 @@ METHOD_PRESETS: dict[str, dict[str, Any]] = {
     "lora": {"learning_rate": 5e-4, "quantized": None},
     "dora": {"learning_rate": 5e-4, "quantized": None},
     "qlora": {"learning_rate": 5e-4, "quantized": True},
-    "ia3": {"learning_rate": 5e-3, "quantized": None},
+    "ia3": {"learning_rate": 1e-2, "quantized": None},
     "houlsby": {"learning_rate": 1e-3, "quantized": None},
     "pfeiffer": {"learning_rate": 1e-3, "quantized": None},
     "parallel-adapter": {"learning_rate": 5e-4, "quantized": None},
-    "prompt": {"learning_rate": 1e-2, "quantized": None},
-    "p-tuning": {"learning_rate": 1e-3, "quantized": None},
-    "prefix": {"learning_rate": 1e-3, "quantized": None},
+    "prompt": {"learning_rate": 3e-2, "quantized": None},
+    "p-tuning": {"learning_rate": 2e-3, "quantized": None},
+    "prefix": {"learning_rate": 3e-3, "quantized": None},
     "p-tuning-v2": {"learning_rate": 1e-2, "quantized": None},
 }
 

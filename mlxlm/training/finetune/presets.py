@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# By method: the learning rate, which is that of examples/finetune, where what it leads to is written down, but lower where
+# By method: the learning rate, which is that of examples/finetune (whose README says what it led to), but lower where
 # whole weights of larger models are trained; whether weights that are quantized on disk stay so (None: as the device
 # prefers it), since whole weights that are trained can't be.
 METHOD_PRESETS: dict[str, dict[str, Any]] = {

@@ -20,6 +20,7 @@ from mlxlm.cli.fill_mask import fill_mask
 from mlxlm.cli.finetune import finetune
 from mlxlm.cli.fuse import fuse
 from mlxlm.cli.generate import generate
+from mlxlm.cli.launch import launch
 from mlxlm.cli.plan import plan
 from mlxlm.cli.plot import plot
 from mlxlm.cli.pretrain import pretrain
@@ -36,7 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _VERBS = (generate, chat, embed, fill_mask, classify, finetune, evaluate, plot, pretrain, families, convert, fuse)
-for verb in (*_VERBS, cache_prompt, doctor, plan):
+for verb in (*_VERBS, cache_prompt, doctor, plan, launch):
     app.command(verb.__name__.replace("_", "-"), no_args_is_help=verb in (fill_mask, classify, convert))(verb)
 app.add_typer(tokenizer)
 

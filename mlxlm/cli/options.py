@@ -16,6 +16,7 @@ import typer
 from mlxlm.errors import SamplingError, UsageError
 
 if TYPE_CHECKING:
+    from mlxlm.distributed import Joined
     from mlxlm.generation import Piece
     from mlxlm.models import Transformer
     from mlxlm.tokenizers import Tokenizer
@@ -56,12 +57,31 @@ Stop = Annotated[list[str] | None, typer.Option("--stop", help="A string that en
 StopToken = Annotated[
     list[str] | None, typer.Option("--extra-eos-token", help="A further token that ends an answer; may be repeated.")
 ]
+MeshFlag = Annotated[
+    str | None,
+    typer.Option("--mesh", metavar="AXES", help="Under `launch`: dp=2,tp=2 (and pp, sp); default all data parallel."),
+]
+Zero = Annotated[int, typer.Option("--zero", help="What data-parallel processes share: 0 nothing to 3 everything.")]
+Schedule = Annotated[str, typer.Option("--schedule", help="Of pipeline stages: 1f1b or gpipe.")]
 SystemPrompt = Annotated[str | None, typer.Option("--system-prompt", help="The system message.")]
 
 
 def shipped_model() -> str:
     """The directory of the small model that comes with the package; its README.md says what it is."""
     return str(Path(__file__).parent.parent / "shipped" / "python-stdlib")
+
+
+@contextlib.contextmanager
+def joined(mesh: str | None, zero: int = 0, schedule: str = "1f1b") -> Iterator[Joined]:
+    """The processes that `mlxlm launch` has started with this one; only the first writes to stdout."""
+    from mlxlm.distributed import join
+
+    with join(mesh, zero=zero, schedule=schedule) as group:
+        if group.first:
+            yield group
+            return
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield group
 
 
 @contextlib.contextmanager

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from mlxlm.cli import options as opt
+
+if TYPE_CHECKING:
+    from mlxlm.training import Result
 
 
 def pretrain(
@@ -28,6 +34,9 @@ def pretrain(
         str | None,
         typer.Option(help="check: refuse a run that can't fit (default); auto: choose settings that fit; off."),
     ] = None,
+    mesh: opt.MeshFlag = None,
+    zero: opt.Zero = 0,
+    schedule: opt.Schedule = "1f1b",
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="Any value, as training.learning_rate=1e-3; repeatable."),
@@ -58,15 +67,22 @@ def pretrain(
     }
     changes = [parse_override(text) for text in set_ or ()]
     changes += [(name, value) for name, value in flags.items() if value is not None]
-    checked = recipe.check(recipe.override(values, changes)).fitted()
-    trainer = checked.trainer([Console(), MetricsFile(checked.folder)], resume=resume)
-    with checked.held():
-        result = trainer.run(resume=resume)
+    with opt.joined(mesh, zero, schedule) as group:
+        checked = recipe.check(recipe.override(values, changes)).fitted(joined=group)
+        reporters = [Console(), MetricsFile(checked.folder)] if group.first else []
+        trainer = checked.trainer(reporters, resume=resume, joined=group)
+        with checked.held() if group.alone else contextlib.nullcontext():
+            result = trainer.run(resume=resume)
+    if group.first or result.reason in ("SIGINT", "SIGTERM"):
+        _tell(result, checked.folder)
+
+
+def _tell(result: Result, folder: Path) -> None:
     if result.reason in ("SIGINT", "SIGTERM"):
         print(
             f"{result.reason} after step {result.step}; the checkpoint is saved. "
-            f"Go on: mlxlm pretrain --resume --output {checked.folder}",
+            f"Go on: mlxlm pretrain --resume --output {folder}",
             file=sys.stderr,
         )
         raise typer.Exit(128 + signal.Signals[result.reason])
-    print(f"{result.step} steps; the model is in {checked.folder / 'model'}", file=sys.stderr)
+    print(f"{result.step} steps; the model is in {folder / 'model'}", file=sys.stderr)

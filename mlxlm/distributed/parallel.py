@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlm.distributed.buckets import summed
 from mlxlm.distributed.communicator import Comm
@@ -20,7 +21,7 @@ from mlxlm.distributed.stages import StagePlan, split_stages
 from mlxlm.distributed.tensor_parallel import share_tensors
 from mlxlm.distributed.tensor_plan import TensorPlan
 from mlxlm.distributed.world import World
-from mlxlm.distributed.zero import shard, shard_layers, shard_piece, shards_of_sum, whole
+from mlxlm.distributed.zero import shard, shard_layers, shard_piece, shard_piece_at, shards_of_sum, whole
 from mlxlm.errors import UsageError
 from mlxlm.models import Transformer
 
@@ -225,10 +226,23 @@ class Parallel:
         """Whether this process writes what is written once, and reports."""
         return self.world.rank == 0
 
-    def together(self, what: str, *numbers: int) -> list[int]:
-        """The sum over all data of each number; waits for all processes.  what: they do then, for error messages."""
+    def total(self, tokens: int) -> int:
+        """Tokens that all processes have read together; those that share rows count them once."""
+        counts = self.place["tp"] == self.place["pp"] == self.place["sp"] == 0
+        return sum(self._numbers(tokens if counts else 0, "numbers of tokens"))
+
+    def any_signal(self, number: int | None) -> int | None:
+        """The number of a signal that any of the processes got, None when none did."""
+        return max(self._numbers(number or 0, "the end of a step")) or None
+
+    def _numbers(self, number: int, what: str) -> list[int]:
+        """A number of every process."""
         with self.world.waiting(what):
-            return self.world.everyone.sum(mx.array(numbers, dtype=mx.int32), what).tolist()
+            return self.world.everyone.stack(mx.array(number, dtype=mx.int32), what).tolist()
+
+    def waiting(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """A stretch of work in which processes wait for each other; `World.waiting`."""
+        return self.world.waiting(what)
 
     def check_equal(self, arrays: Arrays, what: str = "weights") -> None:
         """Raise DistributedError, naming the ranks, unless processes with the same part have the same bits in it."""
@@ -253,3 +267,79 @@ class Parallel:
         if len(states) == self.data.size:
             return list(states[self.data.index])
         return [int(states[0][0]), (int(states[0][1]) + 7919 * self.data.index) % 2**32]
+
+    # ------------------------------------------------------------------------------------------------ to and from disk
+
+    def piece_of(self, name: str, shape: tuple[int, ...]) -> Piece:
+        """What of a whole array this process's array of a shape is: of a trained weight, or of an optimizer's state.
+
+        Arrays that are no parameter's, or of other shapes than theirs, are the same everywhere and whole.
+        """
+        piece = self.pieces.get(name)
+        if piece is None or len(piece.shape) != len(shape) or piece.size[1:] != shape[1:] or piece.size[0] > shape[0]:
+            return Piece.whole(shape)
+        return piece
+
+    def piece_to_write(self, name: str, shape: tuple[int, ...]) -> Piece | None:
+        """`piece_of`, in the first of the processes that have the same; None in all others and where it is empty."""
+        piece = self.piece_of(name, shape)
+        if name not in self.pieces or piece is not self.pieces[name]:
+            here = name not in self.pieces or self._stages.holders(name)[0] == self.place["pp"]
+            first = here and all(self.place[axis] == 0 for axis in ("dp", "sp", "tp"))
+            return piece if first and (name in self.pieces or self.place["pp"] == 0) else None
+        if not piece.count or self.world.rank != self._writer(name, self.sharded):
+            return None
+        return piece
+
+    def _writer(self, name: str, sharded: bool) -> int:
+        """The first rank with this rank's piece of a parameter.  sharded: it is shared by the replicas."""
+        shape = self.pieces[name].shape
+        mine = self._piece_at(self.world.rank, name, shape, sharded)
+        return next(rank for rank in range(self.world.size) if self._piece_at(rank, name, shape, sharded) == mine)
+
+    def _piece_at(self, rank: int, name: str, shape: tuple[int, ...], sharded: bool) -> Piece | None:
+        """What a rank has of a parameter, None for nothing."""
+        place = self.mesh.place(rank)
+        if place["pp"] not in self._stages.holders(name):
+            return None
+        piece = self._plan_of(place["tp"]).piece(name, shape)
+        if sharded:
+            piece = shard_piece_at(place["dp"] * self.mesh.sp + place["sp"], self.data.size, piece)
+        return piece
+
+    def whole(self, model: Transformer) -> Transformer | None:
+        """The whole model, put together in the first process from what all of them hold; None in the others.
+
+        Call it when the model has its weights, after `Step.give_back`. Raises UsageError for a model with adapters.
+        """
+        with mx.stream(mx.cpu):
+            complete = Transformer(self.config)
+        held = dict(tree_flatten(model.parameters()))
+        shapes = {name: array.shape for name, array in tree_flatten(complete.parameters())}
+        if held.keys() - shapes.keys():
+            raise UsageError("a model with adapters can't be put together from its parts; save the adapters alone")
+        arrays: Arrays = {}
+        for name, shape in shapes.items():
+            sharded = name in self._in_layers or (self.zero == 3 and ".layers." in name and self.data.size > 1)
+            sources: dict[Piece, int] = {}
+            for rank in range(self.world.size):
+                piece = self._piece_at(rank, name, shape, sharded)
+                if piece is not None and piece.count:
+                    sources.setdefault(piece, rank)
+            for piece, rank in sources.items():
+                own = held[name][tuple(slice(0, n) for n in piece.size)] if rank == self.world.rank else None
+                if rank == self.world.rank and rank != 0:
+                    self.world.everyone.send(own, 0, name)
+                elif self.first:
+                    part = own if own is not None else self.world.everyone.receive(rank, name)
+                    if piece.is_whole:
+                        arrays[name] = part
+                    else:
+                        arrays.setdefault(name, mx.zeros(shape, dtype=part.dtype))
+                        arrays[name][piece.slices((0,) * len(shape))] = part
+            mx.eval(arrays.get(name))
+        if not self.first:
+            return None
+        complete.update(tree_unflatten(list(arrays.items())))
+        complete.source = getattr(model, "source", None)
+        return complete.eval()

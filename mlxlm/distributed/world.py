@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import mlx.core as mx
 
@@ -110,6 +110,30 @@ class World:
             raise DistributedError(f"rank {self.rank} could not do {what!r}: {self._blame() or error}") from error
         finally:
             self._waiting = before
+
+    def texts(self, text: str, what: str = "texts") -> list[str]:
+        """A text of every rank, on all of them, in their order.  what: for error messages."""
+        if self.size == 1:
+            return [text]
+        comm, data = self.everyone, text.encode()
+        with self.waiting(what):
+            longest = max(comm.stack(mx.array(len(data), dtype=mx.int32), what).tolist())
+            padded = mx.array(list(data.ljust(longest + 1)), dtype=mx.uint8)
+            return [bytes(row).decode().rstrip(" ") for row in comm.stack(padded, what).tolist()]
+
+    def share(self, value: Any, what: str = "a value of the first rank") -> Any:
+        """What the first rank gives, as JSON can hold it, on all of them."""
+        return json.loads(self.texts(json.dumps(value) if self.rank == 0 else "", what)[0])
+
+    @contextlib.contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """Work that the first rank does before all others, so that they find it done; it may take any time."""
+        if self.rank == 0:
+            yield
+        if self.size > 1:
+            mx.eval(self.everyone.sum(mx.array(1), "the first rank's work"))
+        if self.rank:
+            yield
 
     @contextlib.contextmanager
     def own_order(self) -> Iterator[None]:
@@ -230,9 +254,10 @@ class World:
         os._exit(DistributedError.exit_status)
 
 
-def connect(*, timeout: float | None = None, backend: str | None = None) -> World:
+def connect(*, timeout: float | None = None, backend: str | None = None, alone: bool = False) -> World:
     """Join the other processes of the run, if whoever started this one has prepared it; a world of one otherwise.
 
+    alone: a world of one in any case.
     timeout: seconds after which a rank that doesn't come counts as hung, default the variable MLXLM_TIMEOUT or 300.
     backend: "ring", "mpi", "jaccl" or "nccl", by default what the environment is prepared for.
 
@@ -242,7 +267,7 @@ def connect(*, timeout: float | None = None, backend: str | None = None) -> Worl
     if timeout <= 0:
         raise UsageError(f"the time limit of a run is {timeout:g} s; expected more than 0")
     backend = backend_of() if backend is None else backend
-    if backend is None:
+    if backend is None or alone:
         return World(None, None, timeout, None)
     rank = os.environ.get("MLX_RANK", "?")
     patience = max(timeout, _JOIN_TIMEOUT)

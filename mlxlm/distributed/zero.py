@@ -33,8 +33,13 @@ def shard(comm: Comm, array: mx.array) -> mx.array:
 
 def shard_piece(comm: Comm, piece: Piece) -> Piece:
     """What of a piece the rows of `shard` are, without those that only fill up."""
-    each = _each(comm, piece.size[0])
-    return piece.within(0, comm.index * each, (comm.index + 1) * each)
+    return shard_piece_at(comm.index, comm.size, piece)
+
+
+def shard_piece_at(index: int, size: int, piece: Piece) -> Piece:
+    """`shard_piece` of one of `size` ranks."""
+    each = -(-piece.size[0] // size)
+    return piece.within(0, index * each, (index + 1) * each)
 
 
 def whole(comm: Comm, shards: Arrays, rows: Mapping[str, int]) -> Arrays:

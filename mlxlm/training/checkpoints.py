@@ -19,7 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxlm.checkpoint import open_safetensors, read_json, save_safetensors, write_json_atomic
+from mlxlm.checkpoint import read_json, save_safetensors, write_json_atomic
 from mlxlm.checkpoint.files import sync_directory, unwritable
 from mlxlm.errors import CheckpointError, MlxlmError
 
@@ -86,19 +86,12 @@ class Checkpoints:
 
     def load(self, step: int) -> TrainingState:
         """A checkpoint. Raises CheckpointError for one that is missing or whose files have been changed."""
+        from mlxlm.training.checkpoint_pieces import read_pieces
+
         path = self.path(step)
         values = read_json(path / "state.json")
-        arrays = {}
-        for name, size in values.pop("files", {}).items():
-            file = path / name
-            if not file.is_file() or file.stat().st_size != size:
-                raise CheckpointError(f"{file} is not the file that was saved: expected {size} bytes")
-            arrays[file.stem] = open_safetensors(file).load()
-            mx.eval(arrays[file.stem])
-        missing = {"parameters", "optimizer"} - arrays.keys()
-        if missing or values.get("step") != step or arrays.keys() - set(_PARTS):
-            raise CheckpointError(f"{path} is no checkpoint of a training run")
-        return TrainingState(arrays, values)
+        files = checked_files(path, step, values)
+        return TrainingState({part: read_pieces(some) for part, some in files.items()}, values)
 
     def mark_best(self, step: int, loss: float) -> None:
         """Say which checkpoint is the best one so far; it is kept."""
@@ -114,7 +107,10 @@ class Checkpoints:
     def prune(self) -> None:
         """Remove all but the newest and the best, and what killed processes left."""
         kept = set(self.steps()[-self.keep_last :]) | {self.best()}
-        for step in self.steps():
+        self._remove_but(kept, self.steps())
+
+    def _remove_but(self, kept: set[int | None], steps: list[int]) -> None:
+        for step in steps:
             if step not in kept:
                 self._remove(self.path(step))
         for rest in self.folder.glob(".*.tmp") if self.folder.is_dir() else ():
@@ -131,3 +127,20 @@ class Checkpoints:
         hidden = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         os.rename(path, hidden)
         shutil.rmtree(hidden, ignore_errors=True)
+
+
+def checked_files(path: Path, step: int, values: dict[str, Any]) -> dict[str, list[Path]]:
+    """The files of a checkpoint by part, of what its state.json says; "files" is taken out of the values.
+
+    Raises CheckpointError for files that are missing or have been changed, and for what is no checkpoint of this step.
+    """
+    found: dict[str, list[Path]] = {}
+    for name, size in values.pop("files", {}).items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise CheckpointError(f"{file} is not the file that was saved: expected {size} bytes")
+        found.setdefault(file.stem.partition("-")[0], []).append(file)
+    missing = {"parameters", "optimizer"} - found.keys()
+    if missing or values.get("step") != step or found.keys() - set(_PARTS):
+        raise CheckpointError(f"{path} is no checkpoint of a training run")
+    return found

@@ -12,14 +12,15 @@ from mlxlm.models import Transformer
 _RESIDUAL = ("attention.output.weight", "cross_attention.output.weight", "feed_forward.down.weight")
 
 
-def initialise(model: Transformer, seed: int, *, scale: float = 0.02) -> None:
+def initialise(model: Transformer, seed: int, *, scale: float = 0.02, evaluate: bool = True) -> None:
     """Draw all weights anew: normal(0, scale) for matrices, divided by sqrt(2 * layers) for those that add to the
     residual stream (Radford et al. 2019, GPT-2, section 2.3); 0 for biases, identity for norms. A table of words whose
     head multiplies the logits by a factor, as T5's does, is divided by it: Adam would take a thousand steps to get
     there.
 
     layers: of the stack that a weight belongs to.  scale: default 0.02.  seed: with the name of a weight it decides its
-    values, so a model with one layer more has the same first layers.
+    values, so a model with one layer more has the same first layers.  evaluate: default True; False leaves the weights
+    lazy, for models of which only a part is kept.
     """
     norms = {
         path: module
@@ -42,7 +43,8 @@ def initialise(model: Transformer, seed: int, *, scale: float = 0.02) -> None:
             values = mx.random.normal(array.shape, scale=deviation, key=_key(seed, name), dtype=array.dtype)
             drawn.append((name, values))
     model.update(tree_unflatten(drawn))
-    mx.eval(model.parameters())
+    if evaluate:
+        mx.eval(model.parameters())
 
 
 def _logit_scale(model: Transformer) -> float:

@@ -23,6 +23,7 @@ import yaml
 from mlxlm.checkpoint import read_json, write_bytes_atomic
 from mlxlm.data import Source as TextSource
 from mlxlm.data import TokenReader, prepare
+from mlxlm.distributed import Joined, Mesh, connect
 from mlxlm.errors import ConfigError, DataError, MlxlmError, UsageError, nearest
 from mlxlm.models import Transformer, TransformerConfig
 from mlxlm.models.families import family_of
@@ -88,11 +89,16 @@ class Recipe:
             chunk=self.values["loss_chunk"],
         )  # fmt: skip
 
-    def fitted(self, limit: int | None = None) -> Recipe:
+    def fitted(self, limit: int | None = None, *, joined: Joined | None = None) -> Recipe:
         """The recipe as its `memory` says: refused when it can't fit ("check"), or made to fit ("auto").
 
-        limit: bytes, default the machine's working set. Raises MemoryPlanError.
+        limit: bytes, default the machine's working set.  joined: the processes that share the work; "auto" is for one.
+        Raises MemoryPlanError.
         """
+        if joined is not None and not joined.alone:
+            if self.values["memory"] == "auto":
+                raise UsageError("memory: auto chooses settings for one process; set them yourself under --mesh")
+            return self
         if self.values["memory"] == "check":
             plans.check(self.config, self.plan_settings(), limit)
         if self.values["memory"] != "auto":
@@ -120,12 +126,17 @@ class Recipe:
         text = yaml.safe_dump(self.values, sort_keys=False, allow_unicode=True)
         write_bytes_atomic(self.folder / "recipe.yaml", text.encode())
 
-    def trainer(self, reporters: Sequence[Reporter] = (), *, resume: bool = False) -> Trainer:
+    def trainer(
+        self, reporters: Sequence[Reporter] = (), *, resume: bool = False, joined: Joined | None = None
+    ) -> Trainer:
         """Everything made ready: tokenised data, drawn weights, the recipe saved in the run's folder.
 
+        joined: the processes that train together; the batch size is that of all of them.
         Raises UsageError when the folder holds a run and resume is False, or a run of another recipe and it is True.
         """
-        found = Checkpoints(self.folder, self.settings.keep_last).steps()
+        joined = joined or Joined(connect(alone=True), Mesh())
+        joined.check(self.config, self.values["data"]["batch_size"])
+        found = joined.world.share(Checkpoints(self.folder, self.settings.keep_last).steps())
         if found and not resume:
             raise UsageError(
                 f"{self.folder} holds a run of {found[-1]} steps: --resume it, or choose another --output for a new one"
@@ -140,29 +151,34 @@ class Recipe:
                 f"set model.vocab_size to {tokenizer.vocab_size} or more"
             )
         objective = self._objective(tokenizer)
-        train, valid = self._stores(tokenizer)
+        with joined.world.first_alone():
+            train, valid = self._stores(tokenizer)
         data, seed = self.values["data"], self.settings.seed
         sizes = {"batch_size": data["batch_size"], "max_length": data["max_length"], "seed": seed}
-        source = TokenReader(train, objective, **sizes)
         model = Transformer(self.config)
-        initialise(model, seed)
+        initialise(model, seed, evaluate=not joined.parallel)
         ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in ("bos", "eos", "pad")}
         known = {name: id for name, id in ids.items() if id is not None and self.model_values.get(name) is None}
         model.source = Source(
             family=family_of(self.model_values), path=self.folder, values={**self.model_values, **known},
             config=self.config,
         )  # fmt: skip
-        self.save()
+        if joined.world.rank == 0:
+            self.save()
+        parallel = joined.share_model(model)
         return Trainer(
             model,
             WordLoss(chunk=self.values["loss_chunk"]),
-            source,
+            joined.rows(TokenReader(train, objective, **sizes)),
             self.settings,
             self.folder,
-            valid=(lambda: TokenReader(valid, objective, **sizes, epochs=1, shuffle=False)) if len(valid) else None,
+            valid=(lambda: joined.rows(TokenReader(valid, objective, **sizes, epochs=1, shuffle=False)))
+            if len(valid)
+            else None,
             reporters=reporters,
-            save_model=lambda folder: save(model, tokenizer, folder),
+            save_model=lambda folder: joined.save(model, lambda whole: save(whole, tokenizer, folder)),
             config=self.values,
+            communicator=parallel,
         )
 
     def _objective(self, tokenizer: Tokenizer) -> Any:

@@ -113,7 +113,8 @@ class Step:
         weights = self.state.get("average") or self.state["parameters"]
         try:
             loss, count = self._measure(weights, self._arrays(batch, self._evaluated))
-            mx.eval(loss, count)
+            with self.communicator.waiting("an evaluation"):
+                mx.eval(loss, count)
         finally:
             self._rest()
         return loss.item(), count.item()

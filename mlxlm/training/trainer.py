@@ -18,6 +18,7 @@ from mlxlm import runtime
 from mlxlm.errors import CheckpointError, DataError, TrainingError, UsageError, listing
 from mlxlm.models import Transformer
 from mlxlm.training.checkpoints import Checkpoints, TrainingState
+from mlxlm.training.communicator import Communicator
 from mlxlm.training.evaluation import Evaluation, evaluate
 from mlxlm.training.interruption import Interruption
 from mlxlm.training.reporters import Reporter
@@ -96,7 +97,8 @@ class Trainer:
     whole validation data.  reporters: are told what happens.  save_model: called at the end with the folder
     `folder/model`, with the (averaged) weights in the model.  measure: gives the loss on the validation data and
     further numbers by name, of the weights in the model, instead of the task's own loss.  config: goes into checkpoints
-    as it is.
+    as it is.  communicator: other processes that train this model, a `mlxlm.distributed.Parallel`; their sources give
+    them different rows, and the first of them reports.
     """
 
     def __init__(
@@ -112,21 +114,34 @@ class Trainer:
         save_model: Callable[[Path], None] | None = None,
         measure: Callable[[], tuple[Evaluation, dict[str, float]]] | None = None,
         config: dict[str, Any] | None = None,
+        communicator: Communicator | None = None,
     ):
         self.model, self.source, self.settings, self.valid = model, source, settings, valid
         self.folder = None if folder is None else Path(folder)
-        self.reporters, self.save_model, self.config = list(reporters), save_model, config or {}
+        self.save_model, self.config = save_model, config or {}
         self.measure = measure
         self.progress = Progress()
-        self.checkpoints = None if self.folder is None else Checkpoints(self.folder, settings.keep_last)
         if settings.patience and (valid is None or not settings.evaluate_every):
             raise UsageError("patience needs validation data and evaluate_every")
         if settings.final_weights == "best" and (valid is None or folder is None):
             raise UsageError("final_weights 'best' needs validation data and a folder for checkpoints")
-        self.step = Step(model, task, settings)
+        self.step = Step(model, task, settings, communicator)
+        self.communicator = self.step.communicator
+        self.reporters = list(reporters) if self.communicator.first else []
+        self.checkpoints = None if self.folder is None else self._make_checkpoints(self.folder)
         self._position = source.state()
         self._clock = _Clock()
         self._last_loss: float | None = None
+
+    def _make_checkpoints(self, folder: Path) -> Checkpoints:
+        if type(self.communicator) is Communicator:
+            return Checkpoints(folder, self.settings.keep_last)
+        from mlxlm.training.checkpoint_pieces import SharedCheckpoints
+
+        def layout() -> dict[str, dict[str, mx.array]]:
+            return {**self._parts(), "optimizer": self.step.optimizer.arrays()}
+
+        return SharedCheckpoints(folder, self.settings.keep_last, self.communicator, layout)
 
     def run(self, *, resume: bool = False, until: int | None = None) -> Result:
         """Train to the last step, or to step `until`.
@@ -205,7 +220,9 @@ class Trainer:
             mx.async_eval(self.step.state, outcome.loss, outcome.count, outcome.norm, outcome.valid)
             # The next batches are made while the device works.
             batches = self._fetch() if progress.step + 1 < settings.steps else []
-            self.step.evaluate_state()
+            with self.communicator.waiting(f"step {progress.step + 1}"):
+                self.step.evaluate_state()
+            tokens = self.communicator.total(tokens)
             self._position = position
             self._take_in(outcome, tokens)
             if settings.report_every and progress.step % settings.report_every == 0:
@@ -214,8 +231,9 @@ class Trainer:
             stop = evaluated and self.valid is not None and self._evaluate()
             if settings.save_every and progress.step % settings.save_every == 0:
                 self._save()
-            if interruption.signal is not None:
-                return signal.Signals(interruption.signal).name
+            stopped_by = self.communicator.any_signal(interruption.signal)
+            if stopped_by is not None:
+                return signal.Signals(stopped_by).name
             if stop:
                 return "early"
         return "done" if progress.step >= settings.steps else "until"
@@ -323,7 +341,7 @@ class Trainer:
                 "step": self.progress.step,
                 "progress": vars(self.progress),
                 "position": self._position,
-                "random": np.array(mx.random.state[0]).tolist(),
+                "random": self.communicator.random_states(np.array(mx.random.state[0]).tolist()),
                 "settings": self.settings.to_json(),
                 "config": self.config,
             },
@@ -350,7 +368,7 @@ class Trainer:
         self.progress = Progress(**state.values["progress"])
         self._position = state.values["position"]
         self.source.restore(self._position)
-        mx.random.state[0][:] = mx.array(state.values["random"], dtype=mx.uint32)
+        mx.random.state[0][:] = mx.array(self.communicator.random_state(state.values["random"]), dtype=mx.uint32)
         self.checkpoints.forget_after(number)
 
     def _tell(self, event: str, value: Any) -> None:

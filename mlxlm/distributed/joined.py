@@ -1,0 +1,77 @@
+"""A command under a mesh: the processes that were started together, and what each of them does of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from mlxlm.data import RowShare
+from mlxlm.distributed.mesh import Mesh, parse_mesh
+from mlxlm.distributed.parallel import Parallel
+from mlxlm.distributed.world import World, connect
+from mlxlm.errors import UsageError
+from mlxlm.models import Transformer, TransformerConfig
+
+
+@dataclass
+class Joined:
+    """The processes of a command and how they share its work; alone, everything is as without them.
+
+    zero, schedule: see `Parallel`.  share_model: makes `parallel`, which is None alone.
+    """
+
+    world: World
+    mesh: Mesh
+    zero: int = 0
+    schedule: str = "1f1b"
+    parallel: Parallel | None = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process."""
+        return self.world.size == 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes and reports."""
+        return self.world.rank == 0
+
+    def check(self, config: TransformerConfig, batch_size: int) -> None:
+        """Raise UsageError where model or batches can't be shared so."""
+        self.mesh.check(config)
+        if batch_size < self.mesh.dp:
+            raise UsageError(
+                f"a batch of {batch_size} rows can't be shared by dp={self.mesh.dp}: the batch size is that of all "
+                f"processes together; --batch-size {self.mesh.dp} is the least"
+            )
+
+    def share_model(self, model: Transformer) -> Parallel | None:
+        """Keep this process's part of a model, in place."""
+        if not self.alone:
+            self.parallel = Parallel(self.world, self.mesh, model, zero=self.zero, schedule=self.schedule)
+        return self.parallel
+
+    def rows(self, source: Any) -> Any:
+        """This process's rows of a source of batches."""
+        return source if self.mesh.dp == 1 else RowShare(source, self.mesh.place(self.world.rank)["dp"], self.mesh.dp)
+
+    def save(self, model: Transformer, write: Callable[[Transformer], None]) -> None:
+        """Let the first process write the whole model; the others give it their parts and wait."""
+        whole = model if self.parallel is None else self.parallel.whole(model)
+        with self.world.first_alone():
+            if self.first and whole is not None:
+                write(whole)
+
+
+@contextmanager
+def join(mesh: str | None, *, zero: int = 0, schedule: str = "1f1b", timeout: float | None = None) -> Iterator[Joined]:
+    """Join the processes that were started with this one, for the mesh that a text describes.
+
+    Left with an error, all others end too. Raises UsageError for a mesh or a `zero` that there are no processes for.
+    """
+    with connect(timeout=timeout) as world:
+        if world.size == 1 and (mesh not in (None, "auto", "dp=1") or zero):
+            raise UsageError("--mesh and --zero are for several processes: mlxlm launch -n 2 -- VERB ...")
+        yield Joined(world, parse_mesh(mesh, world.size), zero, schedule)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+import mlxlm
 from mlxlm.errors import PromptError, UsageError
 from mlxlm.generation.stepping import Stepping, forget_steps, make_step
 from mlxlm.layers import AttentionSpec, CacheSpec, FeedForwardSpec, Scope, TokenPositions
@@ -113,6 +114,15 @@ def test_joining_leaves_adapters_and_gradients_alone(fixture_model):
     assert list(found) == list(wanted)
     for name, gradient in wanted.items():
         np.testing.assert_allclose(np.array(found[name]), np.array(gradient), atol=1e-5, err_msg=name)
+
+
+def test_what_is_joined_is_saved_as_ever(tiny, tmp_path):
+    model, tokenizer = tiny
+    before = {name: np.array(array) for name, array in tree_flatten(model.parameters())}
+    model.join_projections()
+    mlxlm.save(model, tokenizer, tmp_path / "saved")
+    for name, array in tree_flatten(load_model(tmp_path / "saved").parameters()):
+        np.testing.assert_array_equal(np.array(array), before[name], err_msg=name)
 
 
 def test_training_keeps_no_second_copy_of_the_weights(fixture_model):

@@ -63,8 +63,10 @@ class Stepping:
         return replace(_DEFAULTS[runtime.backend()], **given)
 
 
-# On the CPU compiled kernels start a C++ compiler, about a second each, and gain nothing.
-_DEFAULTS = {"cpu": Stepping(), "cuda": Stepping(), "metal": Stepping()}
+# On the CPU compiled kernels start a C++ compiler, about a second each, and gain nothing. On GPUs building the graph of
+# a step takes as long as running it (tools/benchmarks/LOG.md), and pieces take half of that away.
+_ON_GPU = Stepping(compiled="pieces", ahead=2)
+_DEFAULTS = {"cpu": Stepping(), "cuda": _ON_GPU, "metal": _ON_GPU}
 
 
 def default_stepping() -> Stepping:

@@ -50,9 +50,9 @@ class QuantizedStorage:
     tile: int = 2048
 
     def __post_init__(self) -> None:
-        for name, value, valid in (("bits", self.bits, (4, 8)), ("group size", self.group_size, (32, 64, 128))):
+        for name, value, valid in (("bits", self.bits, (4, 8)), ("group_size", self.group_size, (32, 64, 128))):
             if value not in valid:
-                raise UsageError(f"the {name} of a quantized cache is {value}; valid: {listing(map(str, valid))}")
+                raise UsageError(f"a quantized cache can't have {name} {value}; valid: {listing(map(str, valid))}")
 
     def pack(self, x: mx.array) -> Parts:
         """See `FloatStorage.pack`: packed integers, scales, biases."""

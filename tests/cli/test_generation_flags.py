@@ -61,7 +61,7 @@ def test_chat_takes_the_same_flags(mlxlm_command, tiny_directory):
     ("arguments", "words"),
     [
         (["--kv-group-size", 32], "give --kv-bits too"),
-        (["--kv-bits", 3], "bits of a quantized cache is 3; valid: 4, 8"),
+        (["--kv-bits", 3], "can't have bits 3; valid: 4, 8"),
         (["--max-kv-size", 3], "has no room"),
         (["--num-draft-tokens", 3], "needs a way to guess ahead"),
         (["--prompt-lookup", 2, "--early-exit", 1], "--prompt-lookup and --early-exit are ways to guess ahead"),

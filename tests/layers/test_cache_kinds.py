@@ -196,8 +196,8 @@ def test_a_window_survives_a_file():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"bits": 3}, "bits of a quantized cache is 3; valid: 4, 8"),
-        ({"bits": 8, "group_size": 48}, "group size of a quantized cache is 48; valid: 32, 64, 128"),
+        ({"bits": 3}, "can't have bits 3; valid: 4, 8"),
+        ({"bits": 8, "group_size": 48}, "can't have group_size 48; valid: 32, 64, 128"),
         ({"max_length": 4}, "a cache of 4 tokens has no room"),
         ({"max_length": 40, "ragged": True}, "can't be ragged"),
     ],

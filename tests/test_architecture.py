@@ -29,9 +29,10 @@ FLOORS = {
     "distributed": 4,
     "conversion": 4,
     "training": 5,
-    "cli": 6,
-    "__main__": 7,
-    "__init__": 7,
+    "alignment": 6,
+    "cli": 7,
+    "__main__": 8,
+    "__init__": 8,
 }
 FAMILIES = re.compile(
     r"\b(llama|mistral|qwen|gemma|falcon|bloom|chatglm|glm|roberta|modernbert|bert|gpt(?!q)|palm|umt5|mt5|t5|phi)\w*",

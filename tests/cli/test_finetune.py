@@ -235,7 +235,11 @@ def test_a_signal_saves_and_resume_needs_nothing_but_the_folder(mlxlm_command, t
     status, out, err = mlxlm_command("finetune", "--resume", "--adapter-path", output)
     assert status == 0, err
     assert (output / "adapter_config.json").is_file()
-    for more, text in ((["--resume", "--seed", 4], "seed was 0, is 4"), ([], "--resume it, or choose another")):
+    refused = (
+        (["--resume", "--seed", 4], "seed was 0, is 4"), (["--resume", "--samples", 0], "samples was 1, is 0"),
+        ([], "--resume it, or choose another"),
+    )  # fmt: skip
+    for more, text in refused:
         status, _, err = mlxlm_command(*arguments(tiny_directory, data, output, *more))
         assert (status, text in err) == (2, True)
     with open(data / "train.jsonl", "a") as file:

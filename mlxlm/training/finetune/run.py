@@ -404,7 +404,8 @@ def _lines(run: Run) -> list[str]:
     layers = "all" if training.recompute_layers < 0 else training.recompute_layers
     again = f", {layers} layers computed again" if layers else ""
     times = f", {training.accumulation} times an update" if training.accumulation > 1 else ""
-    length = "" if settings.iters is not None else f" ({settings.epochs or 3} epochs)"
+    epochs = settings.epochs or 3
+    length = "" if settings.iters is not None else f" ({epochs} epoch{'s' if epochs > 1 else ''})"
     first, *rest = rows_of.described(run.splits, examples)
     return [
         f"model   {source.path.name}: {source.family.name}, {counts.total / 1e6:.1f}M parameters, {dtype}",

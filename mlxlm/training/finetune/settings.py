@@ -21,8 +21,8 @@ _OTHER_NAMES = {"fine_tune_type": "method", "lora_layers": "num_layers"}
 _OF_METHODS = ("rank", "alpha", "dropout", "targets", "num_tokens")
 # What a resumed run may have otherwise than it had before.
 MAY_CHANGE = (
-    "adapter_path", "iters", "epochs", "patience", "steps_per_report", "steps_per_eval", "save_every", "samples",
-    "sample_tokens", "test", "report_to", "memory", "format",
+    "adapter_path", "iters", "epochs", "patience", "steps_per_report", "steps_per_eval", "save_every", "exact_match",
+    "test", "report_to", "memory", "format",
 )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -29,7 +29,6 @@ class _Reading:
     rows: list[Row]
     cache: Cache | None = None
     done: int = 0
-    logits: mx.array | None = field(default=None, repr=False)
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -66,6 +65,9 @@ class Scheduler:
         check_generates(model)
         if model.config.has_memory:
             raise UsageError("continuous batching is for decoders; batch_generate serves encoder-decoder models")
+        vocabulary = model.config.embeddings.vocab_size
+        if not 1 <= words <= vocabulary:
+            raise UsageError(f"words is {words}; the model has {vocabulary}, so valid are 1 to {vocabulary}")
         if max_rows < 1 or (chunk is not None and chunk < 1):
             raise UsageError("max_rows and chunk are at least 1")
         self.model = model

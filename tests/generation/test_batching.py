@@ -243,6 +243,7 @@ def test_mistakes_are_one_clear_line(loaded_models, fixture_model):
         (lambda: generate_tokens(model, [[5]], max_tokens=[1, 2]), UsageError, "2 numbers of max_tokens for 1"),
         (lambda: generate_tokens(model, [[5]], samples=0), UsageError, "at least 1"),
         (lambda: Scheduler(model, 67, spec=CacheSpec()), UsageError, "ragged=True"),
+        (lambda: Scheduler(model, 68), UsageError, "valid are 1 to 67"),
         (lambda: Scheduler(load_model(fixture_model("t5")), 40), UsageError, "encoder-decoder"),
         (lambda: Request(tokens=(5,), likelihoods=-1), UsageError, "likelihoods is -1"),
         (lambda: Scheduler(model, 67, max_rows=2).add(Request(tokens=(5,)), copies=3), UsageError, "3 answers"),

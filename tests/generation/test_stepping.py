@@ -147,6 +147,24 @@ def test_compiled_steps_are_kept_until_a_weight_changes(fixture_model):
     assert make_step(model, Stepping(compiled="pieces")) is not second
 
 
+@pytest.mark.parametrize("ahead", [1, 2, 5])
+def test_steps_launched_ahead_leave_no_trace(tiny, monkeypatch, ahead):
+    model, tokenizer = tiny
+    options = {"max_tokens": 12, "logit_bias": dict.fromkeys(tokenizer.stop_ids, -1e9)}
+    wanted = [piece.token for piece in mlxlm.stream_generate(model, tokenizer, [5, 6, 7], **options)]
+    monkeypatch.setenv("MLXLM_DECODE", f"ahead={ahead}")
+    cache = model.make_cache()
+    pieces = mlxlm.stream_generate(model, tokenizer, [5, 6, 7], cache=cache, **options)
+    assert [next(pieces).token for _ in range(4)] == wanted[:4]
+    pieces.close()
+    assert cache.length == 7
+    longer = [5, 6, 7, *wanted[:5]]
+    again = mlxlm.stream_generate(model, tokenizer, longer, cache=cache, **options)
+    assert [piece.token for piece in again][:7] == wanted[5:]
+    bounded = model.make_cache(CacheSpec(max_length=40))
+    assert [p.token for p in mlxlm.stream_generate(model, tokenizer, [5, 6, 7], cache=bounded, **options)] == wanted
+
+
 def test_options_are_read_from_text(monkeypatch):
     assert Stepping.parse("joined=0,compiled=pieces,ahead=4") == Stepping(joined=False, compiled="pieces", ahead=4)
     for text, words in (

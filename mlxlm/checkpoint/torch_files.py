@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import struct
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -152,7 +153,7 @@ def _read_file(file: Path) -> Iterator[tuple[str, _Place]]:
         for name, tensor in _state_dict(value).items():
             _check(name, tensor, starts[tensor.storage.key])
             yield name, _Place(tensor, starts[tensor.storage.key][0], big_endian)
-    except (Refused, zipfile.BadZipFile, NotImplementedError) as error:
+    except Refused as error:
         raise CheckpointError(f"{file} can't be read as PyTorch weights: {error}; nothing in it was run") from error
     except KeyError as error:
         raise CheckpointError(f"{file} is damaged: it has no storage {error}") from error
@@ -167,7 +168,7 @@ _Starts = dict[str, tuple[int, int]]
 def _read_archive(stream: BinaryIO) -> tuple[Any, _Starts, bool]:
     size = os.fstat(stream.fileno()).st_size
     _check_directory(stream, size)
-    with zipfile.ZipFile(stream) as archive:
+    with _zip_archive(stream) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         pickles = [name for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
         if len(pickles) != 1:
@@ -188,6 +189,14 @@ def _read_archive(stream: BinaryIO) -> tuple[Any, _Starts, bool]:
         }
         stream.seek(_start_of(stream, entries[pickles[0]], size))
         return read_pickle(stream), starts, big_endian
+
+
+def _zip_archive(stream: BinaryIO) -> zipfile.ZipFile:
+    """Raises Refused for one with a damaged directory, which the library reports in several ways."""
+    try:
+        return zipfile.ZipFile(stream)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, OverflowError, struct.error) as error:
+        raise Refused(f"it is a damaged zip archive ({error})") from error
 
 
 def _check_directory(stream: BinaryIO, size: int) -> None:

@@ -59,7 +59,9 @@ def write_source(folder: Path, nbytes: int, shard_bytes: int) -> None:
     rules = family.rules(spec, "hub")
     shapes = {name: array.shape for name, array in tree_flatten(Transformer(spec).parameters())}
     names = to_hub(rules, {name: mx.zeros(shape) for name, shape in shapes.items()})
-    pairs = ((name, 0.02 * mx.random.normal(array.shape).astype(mx.bfloat16)) for name, array in names.items())
+    # Tensors of one shape have one content: it makes no difference here, and random numbers take long on a CPU.
+    contents = {array.shape: 0.02 * mx.random.normal(array.shape).astype(mx.bfloat16) for array in names.values()}
+    pairs = ((name, contents[array.shape]) for name, array in names.items())
     save_safetensors(folder, pairs, max_shard_bytes=shard_bytes)
     write_json_atomic(folder / "config.json", values)
 

@@ -32,8 +32,8 @@ BASE = AttentionProblem(
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_every_tile_fits_the_hardware(dtype, device):
     for width in range(1, 257):
-        for value_width in {width, 32, 256}:
-            for length in (1, 5, 8, 4096):
+        for value_width in {width, 256}:
+            for length in (5, 4096):
                 problem = replace(BASE, dtype=dtype, head_dim=width, value_dim=value_width, query_length=length)
                 tiles = plan(problem, device)
                 for tile in (tiles.forward, tiles.dq, tiles.dkdv, *([tiles.decode] if tiles.decode else [])):

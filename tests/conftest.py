@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-import mlxlm  # before mlx.core, so that a fast BLAS can be loaded
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # As many tests as cores run at once: more threads would only wait for each other.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import mlxlm  # noqa: E402  before mlx.core, so that a fast BLAS can be loaded
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -12,7 +12,7 @@ from attention_oracle import inputs, relative_error
 from mlxlm import runtime
 from mlxlm.errors import AttentionError
 from mlxlm.kernels import AttentionMask, attention
-from mlxlm.kernels.attention import IMPLEMENTATIONS, choice, plan, problem, tuning
+from mlxlm.kernels.attention import IMPLEMENTATIONS, choice, device, problem, tuning
 
 # CUDA takes float32 products in TF32, with 10 bits of mantissa: the same call differs that much between two ways.
 TOLERANCE = 5e-3 if runtime.backend() == "cuda" else 1e-5
@@ -295,7 +295,7 @@ def test_the_cache_folder_follows_the_platform(monkeypatch, tmp_path):
 
 def test_implementations_are_named():
     assert IMPLEMENTATIONS == ("metal", "mlx", "tiled", "reference")
-    assert plan.device_profile("cpu").kind == "cpu"
+    assert device.device_profile("cpu").kind == "cpu"
 
 
 def test_defaults_are_those_of_the_contract():

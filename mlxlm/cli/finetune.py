@@ -14,6 +14,7 @@ from mlxlm.cli.finetune_flags import with_flags
 from mlxlm.errors import UsageError
 
 if TYPE_CHECKING:
+    from mlxlm.distributed import Joined
     from mlxlm.training.finetune import Outcome
 
 
@@ -27,6 +28,7 @@ def finetune(
         str | None, typer.Option("--config", "-c", metavar="FILE", help="YAML with the same names; flags win.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder, exactly.")] = False,
+    mesh: opt.MeshFlag = None,
     train: Annotated[bool, typer.Option("--train", help="No effect: training is what this does.", hidden=True)] = True,
     **flags: Any,
 ) -> None:
@@ -39,7 +41,8 @@ def finetune(
     """
     given = {"model": model, "adapter_path": adapter_path, **flags}
     given = {name: value for name, value in given.items() if value is not None}
-    outcome = _run(given, config, resume)
+    with opt.joined(mesh, axes=("dp",)) as group:
+        outcome = _run(given, config, resume, group)
     if outcome.stopped:
         print(
             f"{outcome.result.reason} after step {outcome.result.step}; the checkpoint is saved. Go on: "
@@ -49,11 +52,12 @@ def finetune(
         raise typer.Exit(128 + signal.Signals[outcome.result.reason])
     from mlxlm.cli.finetune_table import show
 
-    show(outcome)
+    if group.first:
+        show(outcome)
 
 
-def _run(given: dict[str, Any], config: str | None, resume: bool) -> Outcome:
-    """The run that flags and file ask for, done."""
+def _run(given: dict[str, Any], config: str | None, resume: bool, group: Joined) -> Outcome:
+    """The run that flags and file ask for, done.  group: the processes that share its rows."""
     from mlxlm.training import Console, MetricsFile
     from mlxlm.training.finetune import FinetuneSettings
     from mlxlm.training.finetune import finetune as run
@@ -73,7 +77,8 @@ def _run(given: dict[str, Any], config: str | None, resume: bool) -> Outcome:
     console = Console()
     outside = [reporter(name, settings.folder) for name in settings.report_to]
     reporters = [console, MetricsFile(settings.folder), *outside]
-    return run(settings, reporters, resume=resume, say=console.on_message)
+    say = console.on_message if group.first else (lambda text: None)
+    return run(settings, reporters if group.first else [], resume=resume, say=say, joined=group)
 
 
 def _merged(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

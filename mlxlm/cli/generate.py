@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -59,6 +61,7 @@ def generate(
     adapter_path: opt.AdapterPath = None,
     dtype: opt.Dtype = None,
     revision: opt.Revision = None,
+    mesh: opt.MeshFlag = None,
 ) -> None:
     """Answer a prompt.
 
@@ -86,28 +89,36 @@ def generate(
     variables = opt.parse_object("--chat-template-config", chat_template_config)
     if prompt_cache_file is not None and (spec or system_prompt is not None or variables or ignore_chat_template):
         raise UsageError("--prompt-cache-file says which cache, system prompt and template it was made with")
-    text = (sys.stdin.read() if sys.stdin is not None else "") if prompt == "-" else prompt
-    if not text:
-        raise PromptError("the prompt is empty; give one with --prompt")
-    start = time.perf_counter()
-    network, tokenizer = opt.load(model or opt.shipped_model(), dtype, revision, adapter_path)
-    loaded = time.perf_counter() - start
-    speculation = caching.speculation(tokenizer, draft_model, num_draft_tokens, prompt_lookup, early_exit, dtype)
-    stop_tokens = opt.token_ids(tokenizer, extra_eos_token)
-    if prompt_cache_file is not None:
-        tokens, cache = _continued(network, tokenizer, prompt_cache_file, text)
-    else:
-        tokens = _tokens(tokenizer, text, system_prompt, ignore_chat_template, variables)
-        cache = None if spec is None else network.make_cache(spec)
-    if beams is not None:
-        _print_beams(network, tokenizer, tokens, beams, max_tokens, stop_tokens)
-        return
-    options = {"stop": stop or (), "stop_tokens": stop_tokens, "sampling": sampling, "speculation": speculation}
-    _print_answer(network, tokenizer, tokens, loaded, max_tokens=max_tokens, cache=cache, **options)
+    with opt.joined(mesh, axes=("tp", "pp")) as group:
+        if not group.alone and (guessing or prompt_cache_file is not None):
+            raise UsageError("several processes share a model without guessing ahead and without a prompt cache")
+        text = (sys.stdin.read() if sys.stdin is not None else "") if prompt == "-" and group.first else prompt
+        text = group.world.share(text)
+        if not text:
+            raise PromptError("the prompt is empty; give one with --prompt")
+        if not group.alone and sampling.seed is None:  # all processes draw alike
+            sampling = replace(sampling, seed=group.world.share(secrets.randbits(32)))
+        start = time.perf_counter()
+        network, tokenizer = opt.load(model or opt.shipped_model(), dtype, revision, adapter_path, group=group)
+        loaded = time.perf_counter() - start
+        speculation = caching.speculation(tokenizer, draft_model, num_draft_tokens, prompt_lookup, early_exit, dtype)
+        stop_tokens = opt.token_ids(tokenizer, extra_eos_token)
+        if prompt_cache_file is not None:
+            tokens, cache = _continued(network, tokenizer, prompt_cache_file, text)
+        else:
+            tokens = _tokens(tokenizer, text, system_prompt, ignore_chat_template, variables)
+            cache = None if spec is None else network.make_cache(spec)
+        if beams is not None:
+            _print_beams(network, tokenizer, tokens, beams, max_tokens, stop_tokens)
+            return
+        options = {"stop": stop or (), "stop_tokens": stop_tokens, "sampling": sampling, "speculation": speculation}
+        _print_answer(
+            network, tokenizer, tokens, loaded if group.first else None, max_tokens=max_tokens, cache=cache, **options
+        )
 
 
-def _print_answer(network: Any, tokenizer: Any, tokens: Any, loaded: float, **options: Any) -> None:
-    """The answer as it is made, then figures on stderr."""
+def _print_answer(network: Any, tokenizer: Any, tokens: Any, loaded: float | None, **options: Any) -> None:
+    """The answer as it is made, then figures on stderr unless `loaded`, seconds, is None."""
     from mlxlm.generation import stream_generate
 
     piece = None
@@ -117,7 +128,8 @@ def _print_answer(network: Any, tokenizer: Any, tokens: Any, loaded: float, **op
     finally:
         if piece is not None:
             print(flush=True)
-        opt.report(piece, loaded)
+        if loaded is not None:
+            opt.report(piece, loaded)
 
 
 def _tokens(

@@ -72,11 +72,16 @@ def shipped_model() -> str:
 
 
 @contextlib.contextmanager
-def joined(mesh: str | None, zero: int = 0, schedule: str = "1f1b") -> Iterator[Joined]:
-    """The processes that `mlxlm launch` has started with this one; only the first writes to stdout."""
+def joined(
+    mesh: str | None, zero: int = 0, schedule: str = "1f1b", axes: tuple[str, ...] = ("dp", "tp", "pp", "sp")
+) -> Iterator[Joined]:
+    """The processes that `mlxlm launch` has started with this one; only the first writes to stdout.
+
+    axes: that the command can use, all processes along the first of them by default.
+    """
     from mlxlm.distributed import join
 
-    with join(mesh, zero=zero, schedule=schedule) as group:
+    with join(mesh, zero=zero, schedule=schedule, axes=axes) as group:
         if group.first:
             yield group
             return
@@ -102,14 +107,23 @@ def load(
     revision: str | None,
     adapters: Sequence[str] | None = None,
     quantized: bool | None = None,
+    group: Joined | None = None,
 ) -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer, with a sign of life.  adapters: folders to load on top, each with or without =WEIGHT.
-    quantized: as for `mlxlm.load`.
+    quantized: as for `mlxlm.load`.  group: processes that share the model; each reads its part.
     """
     from mlxlm.models import find
 
     weights = adapter_weights(adapters or ())
 
+    if group is not None and not group.alone:
+        if weights:
+            raise UsageError("an adapter can't be shared by several processes; put it into the model: mlxlm fuse")
+        with group.world.first_alone():
+            path = find(model, revision=revision)
+        from mlxlm.models import load as load_checkpoint
+
+        return load_checkpoint(path, dtype=dtype, quantized=quantized, part=group.serve)
     path = find(model, revision=revision)  # shows progress bars of its own
     with loading(model):
         if not weights:

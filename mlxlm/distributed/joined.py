@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from mlxlm.data import RowShare
-from mlxlm.distributed.mesh import Mesh, parse_mesh
+from mlxlm.distributed.mesh import AXES, Mesh, parse_mesh
 from mlxlm.distributed.parallel import Parallel
 from mlxlm.distributed.world import World, connect
 from mlxlm.errors import UsageError
@@ -53,6 +53,12 @@ class Joined:
             self.parallel = Parallel(self.world, self.mesh, model, zero=self.zero, schedule=self.schedule)
         return self.parallel
 
+    def serve(self, model: Transformer) -> None:
+        """Keep this process's part of a model, in place, for inference: all processes then call it together."""
+        parallel = self.share_model(model)
+        if parallel is not None:
+            parallel.serve()
+
     def rows(self, source: Any) -> Any:
         """This process's rows of a source of batches."""
         return source if self.mesh.dp == 1 else RowShare(source, self.mesh.place(self.world.rank)["dp"], self.mesh.dp)
@@ -66,12 +72,24 @@ class Joined:
 
 
 @contextmanager
-def join(mesh: str | None, *, zero: int = 0, schedule: str = "1f1b", timeout: float | None = None) -> Iterator[Joined]:
+def join(
+    mesh: str | None,
+    *,
+    zero: int = 0,
+    schedule: str = "1f1b",
+    timeout: float | None = None,
+    axes: Sequence[str] = ("dp", "tp", "pp", "sp"),
+) -> Iterator[Joined]:
     """Join the processes that were started with this one, for the mesh that a text describes.
 
+    axes: that the work can be shared along; without a text all processes along the first of them.
     Left with an error, all others end too. Raises UsageError for a mesh or a `zero` that there are no processes for.
     """
     with connect(timeout=timeout) as world:
         if world.size == 1 and (mesh not in (None, "auto", "dp=1") or zero):
             raise UsageError("--mesh and --zero are for several processes: mlxlm launch -n 2 -- VERB ...")
-        yield Joined(world, parse_mesh(mesh, world.size), zero, schedule)
+        chosen = Mesh(**{axes[0]: world.size}) if mesh in (None, "auto") else parse_mesh(mesh, world.size)
+        for axis in AXES:
+            if getattr(chosen, axis) > 1 and axis not in axes:
+                raise UsageError(f"--mesh {chosen}: this command can't be shared along {axis}, but {', '.join(axes)}")
+        yield Joined(world, chosen, zero, schedule)

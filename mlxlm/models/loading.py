@@ -6,7 +6,7 @@ directory: float weights as transformers writes them, quantized ones as mlx-lm d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 _GGUF_POOLINGS = {0: None, 1: "mean", 2: "cls", 3: "last", 4: "rank"}
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
+Part = Callable[[Transformer], Any]
+
 
 def load(
     path_or_hub_id: str | Path,
@@ -53,6 +55,7 @@ def load(
     quantized: bool | None = None,
     revision: str | None = None,
     offline: bool | None = None,
+    part: Part | None = None,
 ) -> tuple[Transformer, Tokenizer]:
     """A model in evaluation mode and its tokenizer.
 
@@ -60,6 +63,7 @@ def load(
     dtype: to compute in, "float32", "float16" or "bfloat16"; default the checkpoint's, float32 on the CPU.
     quantized: keep quantized weights as they are; default True on GPUs, False (dequantize) on the CPU, where MLX's
     quantized products are slower than float32 ones.  revision: of a hub id.  offline: use only what is cached.
+    part: leaves of the model, whose weights are still on disk, a part in place; nothing else is read.
 
     Raises ModelNotFoundError, UnsupportedModelError, ConfigError, CheckpointError, WeightsError or TokenizerError.
     """
@@ -69,9 +73,9 @@ def load(
     if path.suffix.lower() == ".gguf":
         checkpoint = open_gguf(path)
         opened = _open_gguf_model(checkpoint, path)
-        return _model(opened, dtype, quantized), tokenizer_from_gguf(checkpoint.metadata)
+        return _model(opened, dtype, quantized, part), tokenizer_from_gguf(checkpoint.metadata)
     tokenizer = load_tokenizer(path)
-    return load_model(path, dtype=dtype, quantized=quantized), tokenizer
+    return load_model(path, dtype=dtype, quantized=quantized, part=part), tokenizer
 
 
 def find(path_or_hub_id: str | Path, *, revision: str | None = None, offline: bool | None = None) -> Path:
@@ -84,9 +88,15 @@ def find(path_or_hub_id: str | Path, *, revision: str | None = None, offline: bo
     )
 
 
-def load_model(path: str | Path, *, dtype: str | mx.Dtype | None = None, quantized: bool | None = None) -> Transformer:
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str | mx.Dtype | None = None,
+    quantized: bool | None = None,
+    part: Part | None = None,
+) -> Transformer:
     """The model of a local directory or .gguf file, without a tokenizer. Arguments as for `load`."""
-    return _model(open_model(path), dtype, quantized)
+    return _model(open_model(path), dtype, quantized, part)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,11 +160,15 @@ def _open_gguf_model(checkpoint: Checkpoint, path: Path) -> OpenedModel:
     )
 
 
-def _model(opened: OpenedModel, dtype: str | mx.Dtype | None, quantized: bool | None) -> Transformer:
+def _model(
+    opened: OpenedModel, dtype: str | mx.Dtype | None, quantized: bool | None, part: Part | None = None
+) -> Transformer:
     source, checkpoint = opened.source, opened.checkpoint
     compute = _compute_dtype(dtype, source.values, checkpoint)
     tensors = _load(checkpoint, compute)
-    model = _assemble(source.config, opened.rules, tensors, opened.quantizations, dtype=compute, quantized=quantized)
+    model = _assemble(
+        source.config, opened.rules, tensors, opened.quantizations, dtype=compute, quantized=quantized, part=part
+    )
     model.source = source
     return model
 
@@ -218,6 +232,7 @@ def _assemble(
     *,
     dtype: mx.Dtype,
     quantized: bool | None,
+    part: Part | None = None,
 ) -> Transformer:
     """A model with these tensors, evaluated one by one so that little lives twice.
 
@@ -245,11 +260,18 @@ def _assemble(
         arguments = {path: quantization.to_json() for path, quantization in modules.items()}
         nn.quantize(model, class_predicate=lambda path, module: arguments.get(path, False))
     check(rules, {name: array.shape for name, array in tree_flatten(model.parameters())}, translation)
+    if part is not None:
+        model.update(tree_unflatten([(name, _in_dtype(weights.pop(name), dtype)) for name in list(weights)]))
+        part(model)
+        weights = dict(tree_flatten(model.parameters()))
     for name in list(weights):
-        array = weights.pop(name)
-        array = array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+        array = _in_dtype(weights.pop(name), dtype)
         mx.eval(array)
         weights[name] = array
     model.update(tree_unflatten(list(weights.items())))
     model.eval()
     return model
+
+
+def _in_dtype(array: mx.array, dtype: mx.Dtype) -> mx.array:
+    return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array

@@ -110,7 +110,7 @@ def test_every_flag_is_a_setting_and_arrives(mlxlm_command, monkeypatch, tmp_pat
     fields = {field.name for field in dataclasses.fields(FinetuneSettings)}
     assert {flag.setting for flag in FLAGS} | {"model", "adapter_path"} == fields | {"mask_prompt"}
     seen = {}
-    monkeypatch.setattr(command, "_run", lambda given, config, resume: seen.update(given) or sys.exit(0))
+    monkeypatch.setattr(command, "_run", lambda given, config, resume, group: seen.update(given) or sys.exit(0))
     values = {int: "3", float: "0.25", str: "x"}
     line = [word for flag in FLAGS for word in (flag.names[0].split("/")[0], values.get(flag.type, "x"))]
     line = [word for word, before in zip(line, ["", *line], strict=False) if not (before in SWITCHES and word == "x")]

@@ -32,6 +32,21 @@ training: {steps: 6, learning_rate: 1.0e-3, eps: 1.0e-6, report_every: 2, save_e
            compile: false}
 output: run
 """
+PRETRAIN = ("pretrain", "-c", "recipe.yaml")
+
+
+@pytest.fixture
+def command_here(monkeypatch, capfd):
+    """A function: arguments -> (exit status, stdout, stderr) of a command in this process."""
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["mlxlm", *map(str, words)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main.run()
+        return ended.value.code or 0, *capfd.readouterr()
+
+    return run
 
 
 @pytest.fixture
@@ -46,9 +61,14 @@ def recipe(tmp_path, tiny_directory):
 
 def command(folder, *words, processes=None, launcher=()):
     """A finished `mlxlm pretrain`, by itself or under launch."""
+    return mlxlm_under(folder, *PRETRAIN, *words, processes=processes, launcher=launcher)
+
+
+def mlxlm_under(folder, *words, processes=None, launcher=()):
+    """A finished command, by itself or under launch."""
     under = [] if processes is None else ["launch", "-n", str(processes), *launcher, "--"]
     return subprocess.run(
-        [sys.executable, "-m", "mlxlm", *under, "pretrain", "-c", "recipe.yaml", *map(str, words)],
+        [sys.executable, "-m", "mlxlm", *under, *map(str, words)],
         cwd=folder, env=environment(), capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 
@@ -66,22 +86,14 @@ def close(one, other):
     return max(float(mx.abs(array - other[name]).max()) for name, array in one.items()) < 1e-5
 
 
-def alone(monkeypatch, folder, *words):
-    """The exit status of `mlxlm pretrain` in this process."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["mlxlm", "pretrain", "-c", "recipe.yaml", *words])
-    with pytest.raises(SystemExit) as ended:
-        main.run()
-    return ended.value.code or 0
-
-
 def forget(run, step):
     """Take away the checkpoint of a step, as if the run had been ended before."""
     (run / "checkpoints" / f"step-{step:08d}").rename(run / f"forgotten-{secrets.token_hex(2)}")
 
 
-def test_a_run_of_two_goes_on_alone_and_ends_as_one_that_never_stopped(recipe, monkeypatch, capfd):
-    alone(monkeypatch, recipe, "--output", "alone")
+def test_a_run_of_two_goes_on_alone_and_ends_as_one_that_never_stopped(recipe, monkeypatch, command_here):
+    monkeypatch.chdir(recipe)
+    assert command_here(*PRETRAIN, "--output", "alone")[0] == 0
     done = command(recipe, "--output", "two", "--zero", "2", processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
@@ -92,16 +104,15 @@ def test_a_run_of_two_goes_on_alone_and_ends_as_one_that_never_stopped(recipe, m
     assert len(parts) == 2
     assert max(parts) < 1.1 * min(parts)
     forget(recipe / "two", 6)
-    capfd.readouterr()
-    alone(monkeypatch, recipe, "--output", "two", "--resume")
-    assert "from step 3" in capfd.readouterr().err
+    assert "from step 3" in command_here(*PRETRAIN, "--output", "two", "--resume")[2]
     assert close(weights(recipe / "two"), weights(recipe / "alone"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "then"), [((4, "dp=2,tp=2"), (2, "pp=2")), ((2, "tp=2"), (2, "dp=2"))])
-def test_a_run_goes_on_on_another_mesh(recipe, monkeypatch, first, then):
-    alone(monkeypatch, recipe, "--output", "alone")
+def test_a_run_goes_on_on_another_mesh(recipe, monkeypatch, command_here, first, then):
+    monkeypatch.chdir(recipe)
+    assert command_here(*PRETRAIN, "--output", "alone")[0] == 0
     assert command(recipe, "--output", "run", "--mesh", first[1], "--zero", "1", processes=first[0]).returncode == 0
     assert close(weights(recipe / "run"), weights(recipe / "alone"))
     forget(recipe / "run", 6)
@@ -110,13 +121,37 @@ def test_a_run_goes_on_on_another_mesh(recipe, monkeypatch, first, then):
     assert close(weights(recipe / "run"), weights(recipe / "alone"))
 
 
-def test_mistakes_end_all_processes_with_one_line_each(recipe, monkeypatch, capfd):
+def test_mistakes_end_all_processes_with_one_line_each(recipe, command_here):
     done = command(recipe, "--mesh", "tp=3", processes=2)
     assert done.returncode == 2
     assert "--mesh tp=3 is for 3 processes, but there are 2; --mesh tp=2 would do" in done.stderr
     assert "Traceback" not in done.stderr
-    assert alone(monkeypatch, recipe, "--mesh", "dp=2") == 2
-    assert "mlxlm launch -n 2" in capfd.readouterr().err
+    status, _, error = command_here("pretrain", "-c", recipe / "recipe.yaml", "--mesh", "dp=2")
+    assert (status, "mlxlm launch -n 2" in error) == (2, True)
+
+
+def test_an_answer_by_two_processes_is_that_of_one(tiny_directory, command_here):
+    words = ["generate", "--model", tiny_directory, "--prompt", "abc", "-m", 8]
+    status, answer, _ = command_here(*words)
+    assert status == 0
+    done = mlxlm_under(tiny_directory, *words, processes=2)
+    assert (done.returncode, done.stdout) == (0, answer)
+    assert done.stderr.count("loaded in") == 1
+
+
+@pytest.mark.slow
+def test_adapters_of_two_processes_are_those_of_one(tiny_directory, tmp_path, command_here):
+    rows = [{"prompt": f"{letter}b", "completion": f"{letter}c"} for letter in "abcdefghijkl"]
+    for name, part in (("train", rows[:9]), ("valid", rows[9:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    words = ["finetune", "--model", tiny_directory, "--data", tmp_path, "--iters", 4, "--batch-size", 3, "--seed", 1]
+    assert command_here(*words, "--adapter-path", tmp_path / "one")[0] == 0
+    done = mlxlm_under(tmp_path, *words, "--adapter-path", tmp_path / "two", processes=2)
+    assert done.returncode == 0, done.stderr
+    one, two = (mx.load(str(tmp_path / name / "adapter_model.safetensors")) for name in ("one", "two"))
+    assert close(one, two)
+    done = mlxlm_under(tmp_path, *words, "--adapter-path", tmp_path / "three", "--mesh", "tp=2", processes=2)
+    assert (done.returncode, "can't be shared along tp, but dp" in done.stderr) == (2, True)
 
 
 def script(text):
@@ -193,3 +228,14 @@ def children(pid):
         if int(fields[1]) == pid and fields[0] != "Z":
             found.append(int(name))
     return found
+
+
+@pytest.mark.slow
+def test_the_examples_run(tmp_path):
+    recipe = ROOT / "examples" / "distributed" / "recipe.yaml"
+    words = ["pretrain", "--config", recipe, "--mesh", "dp=2,tp=2", "--output", tmp_path / "run", "--steps", 6]
+    done = mlxlm_under(ROOT, *words, processes=4)
+    assert done.returncode == 0, done.stderr
+    rows = ROOT / "examples" / "distributed" / "rows"
+    done = mlxlm_under(ROOT, "finetune", "--data", rows, "--iters", 2, "--adapter-path", tmp_path / "a", processes=2)
+    assert done.returncode == 0, done.stderr

@@ -17,6 +17,7 @@ from mlx import nn
 
 from mlxlm import peft, runtime
 from mlxlm.checkpoint import read_json, write_bytes_atomic, write_json_atomic
+from mlxlm.distributed import Joined, Mesh, connect
 from mlxlm.errors import UnsupportedModelError, UsageError
 from mlxlm.generation import head_labels
 from mlxlm.models import SequenceHeadSpec, Transformer, load, save, with_classification_head
@@ -97,7 +98,7 @@ class Run:
     """A run made ready by `prepare`.
 
     splits, examples: all rows, and what became of them.  counts: of parameters.  settings: with what the memory plan
-    chose.  plan: in bytes.
+    chose.  plan: in bytes.  joined: the processes that share the rows of every batch; the first writes and tells.
     """
 
     settings: FinetuneSettings
@@ -108,6 +109,7 @@ class Run:
     counts: peft.Counts
     plan: plans.MemoryPlan
     say: Say
+    joined: Joined
 
     @property
     def train_settings(self) -> TrainSettings:
@@ -160,7 +162,9 @@ class Run:
         )  # fmt: skip
         if done.stopped:
             return done
-        self.save()
+        with self.joined.world.first_alone():
+            if self.joined.first:
+                self.save()
         wants_test = "test" in examples.splits if settings.test is None else settings.test
         done = replace(
             done,
@@ -168,7 +172,8 @@ class Run:
             test=self._measures(trainer, "test", final=True) if wants_test else {},
             rows=comparisons([self._shown(one) for one in asked], before["answers"], self._answers(asked)),
         )
-        write_json_atomic(settings.folder / RESULTS, done.to_json())
+        if self.joined.first:
+            write_json_atomic(settings.folder / RESULTS, done.to_json())
         return done
 
     def save(self) -> None:
@@ -185,13 +190,14 @@ class Run:
         return Trainer(
             self.model,
             LabelLoss() if labels else WordLoss(chunk=settings.loss_chunk),
-            examples.source(settings),
+            self.joined.rows(examples.source(settings)),
             self.train_settings,
             settings.folder,
-            valid=valid,
+            valid=None if valid is None else (lambda: self.joined.rows(valid())),
             measure=(lambda: self._label_measures("valid")) if labels and valid else None,
             reporters=reporters,
             config=settings.to_json(),
+            communicator=self.joined.share_model(self.model),
         )
 
     def _asked(self) -> list[Any]:
@@ -210,11 +216,12 @@ class Run:
     def _before(self, trainer: Trainer, asked: list[Any], resume: bool) -> dict[str, Any]:
         """Measures and answers of the model that the run began with; a resumed run has kept them."""
         path = self.settings.folder / BEFORE
-        if resume and path.is_file():
+        if self.joined.world.share(resume and path.is_file()):
             return read_json(path)
         valid = self._measures(trainer, "valid") if "valid" in self.examples.splits else {}
         found = {"valid": valid, "answers": self._answers(asked)}
-        write_json_atomic(path, found)
+        if self.joined.first:
+            write_json_atomic(path, found)
         return found
 
     def _measures(self, trainer: Trainer, split: str, final: bool = False) -> dict[str, float]:
@@ -222,7 +229,7 @@ class Run:
         if examples.kind in ("sequence", "tokens"):
             made, scores = self._label_measures(split)
             return {"loss": made.loss, **scores}
-        made = evaluate(trainer.step, examples.measuring(split, settings)())
+        made = evaluate(trainer.step, self.joined.rows(examples.measuring(split, settings)()))
         found = {"loss": made.loss, "perplexity": made.perplexity}
         if final:
             kind, rows = examples.kind, examples.splits[split]
@@ -239,18 +246,28 @@ class Run:
         values = self.settings.to_json()
         if resume:
             _compare(folder, values)
+        if not self.joined.first:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         write_bytes_atomic(folder / SETTINGS, text.encode())
 
 
-def prepare(settings: FinetuneSettings, *, resume: bool = False, say: Say = print) -> Run:
+def prepare(settings: FinetuneSettings, *, resume: bool = False, say: Say = print, joined: Joined | None = None) -> Run:
     """Everything that a run needs: rows checked, model with head and adapter, memory planned. Nothing is written.
 
     say: shows a line to a person.  resume: the folder holds a run that is to go on.
+    joined: processes that share the rows of every batch, see `Run`.
     Raises an error of `mlxlm.errors` for what can't work, before anything takes long.
     """
-    check_folder(settings, resume)
+    joined = joined or Joined(connect(alone=True), Mesh())
+    with joined.world.first_alone():
+        check_folder(settings, resume)
+    if settings.batch_size < joined.mesh.dp:
+        raise UsageError(
+            f"a batch of {settings.batch_size} rows can't be shared by {joined.mesh.dp} processes: --batch-size is "
+            f"that of all together, at least {joined.mesh.dp}"
+        )
     mx.reset_peak_memory()
     splits, said = rows_of.read_rows(settings)
     for text in said:
@@ -266,18 +283,23 @@ def prepare(settings: FinetuneSettings, *, resume: bool = False, say: Say = prin
     model, labels = _adapted(model, tokenizer, kind, splits, settings, say)
     examples = rows_of.encode(splits, kind, labels, model, tokenizer, settings)
     counts = peft.count_parameters(model)
-    settings, plan = fitted(settings, model, examples)
-    run = Run(settings, model, tokenizer, splits, examples, counts, plan, say)
+    settings, plan = fitted(settings, model, examples, joined.mesh.dp)
+    run = Run(settings, model, tokenizer, splits, examples, counts, plan, say, joined)
     for text in _lines(run):
         say(text)
     return run
 
 
 def finetune(
-    settings: FinetuneSettings, reporters: Sequence[Reporter] = (), *, resume: bool = False, say: Say = print
+    settings: FinetuneSettings,
+    reporters: Sequence[Reporter] = (),
+    *,
+    resume: bool = False,
+    say: Say = print,
+    joined: Joined | None = None,
 ) -> Outcome:
     """`prepare` and `Run.train` in one."""
-    return prepare(settings, resume=resume, say=say).train(reporters, resume=resume)
+    return prepare(settings, resume=resume, say=say, joined=joined).train(reporters, resume=resume)
 
 
 def check_folder(settings: FinetuneSettings, resume: bool) -> None:
@@ -367,9 +389,14 @@ def _check_same_method(found: str, wanted: str, folder: Path) -> None:
 
 
 def fitted(
-    settings: FinetuneSettings, model: Transformer, examples: rows_of.Examples
+    settings: FinetuneSettings, model: Transformer, examples: rows_of.Examples, processes: int = 1
 ) -> tuple[FinetuneSettings, plans.MemoryPlan]:
-    """The settings as their `memory` says, and the plan. Raises MemoryPlanError for a run that can't fit."""
+    """The settings as their `memory` says, and the plan. Raises MemoryPlanError for a run that can't fit.
+
+    processes: that share the rows of a batch; settings are then not chosen, but only checked.
+    """
+    if processes > 1 and settings.memory in ("low", "auto"):
+        raise UsageError(f"memory {settings.memory} chooses settings for one process; give them yourself under --mesh")
     if settings.memory == "low":
         preset = dict(MEMORY_PRESETS["low"])
         rows = settings.batch_size * settings.grad_accumulation_steps
@@ -377,7 +404,7 @@ def fitted(
     dtype = settings.dtype or str(dtype_of(model)).removeprefix("mlx.core.")
     length = examples.max_length if settings.packing else examples.longest
     wanted = plans.PlanSettings(
-        batch_size=settings.batch_size, length=length, target_length=examples.longest_target,
+        batch_size=-(-settings.batch_size // processes), length=length, target_length=examples.longest_target,
         accumulation=settings.grad_accumulation_steps, dtype=dtype, optimizer=settings.optimizer,
         average=settings.ema_decay is not None, chunk=settings.loss_chunk,
         recompute_layers=-1 if settings.grad_checkpoint else settings.recompute_layers,

@@ -17,7 +17,7 @@ from mlxlm.conversion.mapping import Move
 from mlxlm.conversion.parts import Parts, check_free
 from mlxlm.conversion.quantizing import Quantize
 from mlxlm.conversion.targets import GgufTarget, HubTarget, Job, MlxTarget
-from mlxlm.errors import TokenizerError
+from mlxlm.errors import TokenizerError, UsageError
 from mlxlm.models import OpenedModel, open_model
 from mlxlm.models.weights import hub_name
 from mlxlm.tokenizers import Tokenizer, load_tokenizer, tokenizer_from_gguf
@@ -106,7 +106,7 @@ def convert(
     be read or stored, WeightsError when tensors don't fit the model, and what opening a model raises.
     """
     output = Path(output)
-    check_free(output)
+    check_output(output, target)
     check_links(Path(source))
     opened = open_model(Path(source))
     tokenizer = read_tokenizer(opened)
@@ -144,6 +144,18 @@ def convert(
     if isinstance(target, GgufTarget):
         write_bytes_atomic(output.with_suffix(".md"), card.encode("utf-8"))
     return result
+
+
+def check_output(output: Path, target: Target) -> None:
+    """Raise UsageError when something stands at the output, or its name is that of another kind of result."""
+    is_file = isinstance(target, GgufTarget)
+    if is_file != (output.suffix.lower() == ".gguf"):
+        raise UsageError(
+            f"{output}: a GGUF file's name ends in .gguf"
+            if is_file
+            else f"{output}: the result is a folder, but the name is that of a GGUF file"
+        )
+    check_free(output)
 
 
 def check_links(source: Path) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +19,8 @@ from mlxlm.checkpoint.safetensors_writer import FileLayout
 from mlxlm.errors import CheckpointError, MlxlmError, UsageError
 
 _PLAN, _JOURNAL, _LOCK = ".plan", ".journal", ".lock"
-_BETWEEN_SYNCS = 256 * 10**6
+# After so many bytes, or seconds, what is written is brought to the disk and into the journal.
+_BETWEEN_SYNCS, _SECONDS = 256 * 10**6, 5.0
 _MARGIN = 64 * 10**6
 
 
@@ -38,6 +40,7 @@ class Parts:
         self._open: dict[str, BinaryIO] = {}
         self._pending: list[tuple[int, Any]] = []
         self._unsynced = 0
+        self._synced_at = time.monotonic()
 
     @property
     def size(self) -> int:
@@ -91,7 +94,7 @@ class Parts:
     def done(self, move: int, note: Any) -> None:
         """Mark a move as written, with something to remember of it; durable after some more bytes or at the end."""
         self._pending.append((move, note))
-        if self._unsynced > _BETWEEN_SYNCS:
+        if self._unsynced > _BETWEEN_SYNCS or time.monotonic() - self._synced_at > _SECONDS:
             self.sync()
 
     def sync(self) -> None:
@@ -105,7 +108,7 @@ class Parts:
             os.fsync(journal.fileno())
         self.notes.update(self._pending)
         self._pending.clear()
-        self._unsynced = 0
+        self._unsynced, self._synced_at = 0, time.monotonic()
 
     def publish(self) -> None:
         """Give the result its name: the folder's, or where the target is a file, that of its only file."""
@@ -142,6 +145,8 @@ class Parts:
         present = sum(path.stat().st_blocks * 512 for path in self.folder.iterdir())
         needed, free = self.size - present + _MARGIN, shutil.disk_usage(self.folder).free
         if needed > free:
+            if not self.notes:
+                shutil.rmtree(self.folder)
             raise CheckpointError(
                 f"{self.target} needs {needed / 1e9:.2f} GB more, but the disk has only {free / 1e9:.2f} GB free"
             )

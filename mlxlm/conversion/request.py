@@ -13,8 +13,7 @@ from mlx.utils import tree_flatten
 from mlxlm.checkpoint import Quantization
 from mlxlm.conversion.calibrated import Prepared, prepare
 from mlxlm.conversion.calibration import Calibration, calibration, check_language_model, perplexity, read_text
-from mlxlm.conversion.conversion import Conversion, Progress, Target, convert, read_tokenizer
-from mlxlm.conversion.parts import check_free
+from mlxlm.conversion.conversion import Conversion, Progress, Target, check_output, convert, read_tokenizer
 from mlxlm.conversion.recipes import Module, Recipe, quantizable, quantization
 from mlxlm.conversion.sensitivity import Said, sensitive_recipe
 from mlxlm.conversion.targets import GgufTarget, MlxTarget
@@ -87,7 +86,7 @@ def fulfil(request: Request, *, say: Said | None = None, progress: Progress | No
 
     say: told what goes on.  progress: see `convert`. Raises what the steps raise; nothing stands at the output then.
     """
-    check_free(request.output)
+    check_output(request.output, request.target)
     path = find(request.model, revision=request.revision)
     say = say or (lambda text: None)
     target, notes = request.target, []

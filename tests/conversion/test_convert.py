@@ -14,7 +14,7 @@ from torch_pickles import state_archive
 
 import mlxlm
 from mlxlm.checkpoint import open_safetensors
-from mlxlm.conversion import HubTarget, MlxTarget, Recipe, convert, dry_run, quantization
+from mlxlm.conversion import GgufTarget, HubTarget, MlxTarget, Recipe, convert, dry_run, quantization
 from mlxlm.conversion import parts as parts_module
 from mlxlm.errors import CheckpointError, UsageError, WeightsError
 from mlxlm.models import load_model
@@ -243,7 +243,41 @@ def test_a_disk_that_is_too_small_is_noticed_first(wide, tmp_path, monkeypatch):
     monkeypatch.setattr(parts_module.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(CheckpointError, match=r"needs 0\.06 GB more, but the disk has only 0\.00 GB free"):
         convert(source, tmp_path / "out", FOUR_BITS)
-    assert not (tmp_path / "out").exists()
+    assert listing(tmp_path) == ["llama"]
+
+
+def test_what_is_done_survives_a_disk_that_fills_up(wide, tmp_path, monkeypatch):
+    source = wide("llama")
+    with pytest.raises(Stopped):
+        convert(source, tmp_path / "out", FOUR_BITS, progress=stop_after(9))
+    usage = namedtuple("usage", "total used free")(0, 0, 1000)
+    with monkeypatch.context() as full:
+        full.setattr(parts_module.shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(CheckpointError, match="the disk has only"):
+            convert(source, tmp_path / "out", FOUR_BITS)
+    seen = []
+    convert(source, tmp_path / "out", FOUR_BITS, progress=lambda done, total, name: seen.append(name))
+    assert len(seen) == 36 - 9
+
+
+def test_names_belong_to_their_kind_of_result(wide, tmp_path):
+    with pytest.raises(UsageError, match=r"x\.gguf: the result is a folder"):
+        convert(wide("llama"), tmp_path / "x.gguf", FOUR_BITS)
+    with pytest.raises(UsageError, match=r"name ends in \.gguf"):
+        convert(wide("llama-tied"), tmp_path / "x", GgufTarget())
+
+
+def test_progress_is_in_the_journal_soon(wide, tmp_path, monkeypatch):
+    """A process that is killed loses a few seconds of work, however small the model is."""
+    source, journals = wide("llama"), []
+    monkeypatch.setattr(parts_module, "_SECONDS", 0.0)
+
+    def look(done, total, name):
+        journal = tmp_path / ".out.converting" / ".journal"
+        journals.append(len(journal.read_text().splitlines()) if journal.exists() else 0)
+
+    convert(source, tmp_path / "out", FOUR_BITS, progress=look)
+    assert journals == list(range(36))
 
 
 # ---------------------------------------------------------------------------------------------------- bad sources

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickletools
 import struct
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -106,18 +107,35 @@ def read_pickle(stream: BinaryIO, storages: dict[str, Storage] | None = None) ->
     """
     machine = _Machine({} if storages is None else storages)
     try:
-        for number, (opcode, argument, _) in enumerate(pickletools.genops(_Bounded(stream))):
-            if number > _MAX_OPCODES:
-                raise Refused(f"it has more than {_MAX_OPCODES} opcodes")
-            act = _ACTS.get(opcode.name)
-            if act is None:
-                raise Refused(f"it uses {opcode.name}, which no tensor needs")
-            act(machine, argument)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DeprecationWarning)  # of escapes that are none
+            machine.run(stream)
     except Refused:
         raise
-    except (ValueError, OverflowError, struct.error, IndexError, KeyError, TypeError, AttributeError) as error:
+    except (
+        DeprecationWarning,
+        ValueError,
+        OverflowError,
+        struct.error,
+        IndexError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
         raise Refused(f"it is malformed ({str(error)[:200] or type(error).__name__})") from error
     return machine.result()
+
+
+_MALFORMED = (
+    DeprecationWarning,
+    ValueError,
+    OverflowError,
+    struct.error,
+    IndexError,
+    KeyError,
+    TypeError,
+    AttributeError,
+)
 
 
 class _Bounded:
@@ -152,6 +170,16 @@ class _Machine:
         self.storages = storages
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+
+    def run(self, stream: BinaryIO) -> None:
+        """Act on every opcode up to the pickle's end."""
+        for number, (opcode, argument, _) in enumerate(pickletools.genops(_Bounded(stream))):
+            if number > _MAX_OPCODES:
+                raise Refused(f"it has more than {_MAX_OPCODES} opcodes")
+            act = _ACTS.get(opcode.name)
+            if act is None:
+                raise Refused(f"it uses {opcode.name}, which no tensor needs")
+            act(self, argument)
 
     def result(self) -> Any:
         if len(self.stack) != 1:

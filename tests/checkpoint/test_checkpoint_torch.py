@@ -164,6 +164,7 @@ BAD = {
     "call of a dtype": (b"\x80\x02ctorch\nfloat32\n)R.", "calls torch.float32"),
     "key that is a tensor": (b"\x80\x02}" + tensor() + b"K\x01s.", "key of type StridedTensor"),
     "another persistent id": (b"\x80\x02K\x01Q.", "no storage"),
+    "not an escape": (b"S'\\q'\n.", "malformed"),
     "not utf-8": (b"\x80\x02X\x02\x00\x00\x00\xff\xfe.", "malformed"),
 }
 

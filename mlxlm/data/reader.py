@@ -100,6 +100,11 @@ class TokenReader:
         except (KeyError, TypeError):
             raise DataError("not the state of a token reader; expected epoch, batch, num_tokens and reader") from None
         here = self._identity()
+        if isinstance(identity, dict) and identity.get("documents") != here["documents"]:
+            raise DataError(
+                "the documents are not those that this run began with, or not in the same order: put the old data "
+                "back, or start a new run in another folder"
+            )
         other = [f"{key} was {identity.get(key)!r}, is {here[key]!r}" for key in here if identity.get(key) != here[key]]
         if other:
             raise DataError(f"the reader's state belongs to another run: {'; '.join(other)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +24,19 @@ class Evaluation:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-def evaluate(step: Step, source: Any) -> Evaluation:
+class EvaluationStopped(Exception):
+    """An evaluation was left before its end, because the run is asked to stop."""
+
+
+def evaluate(step: Step, source: Any, stopped: Callable[[], bool] = lambda: False) -> Evaluation:
     """Loss over all batches of a source, the last partial one included, every target weighing the same.
 
-    Raises DataError when there is none.
+    stopped: asked before each batch whether to leave.  Raises DataError when there is no target, EvaluationStopped.
     """
     total, count = 0.0, 0
     while (batch := source.next()) is not None:
+        if stopped():
+            raise EvaluationStopped
         loss, targets = step.evaluate(batch)
         total, count = total + loss, count + targets
     if count == 0:

@@ -129,7 +129,7 @@ class Recipe:
     def trainer(
         self, reporters: Sequence[Reporter] = (), *, resume: bool = False, joined: Joined | None = None
     ) -> Trainer:
-        """Everything made ready: tokenised data, drawn weights, the recipe saved in the run's folder.
+        """Everything made ready: tokenised data, drawn weights. The run saves the recipe in its folder when it starts.
 
         joined: the processes that train together; the batch size is that of all of them.
         Raises UsageError when the folder holds a run and resume is False, or a run of another recipe and it is True.
@@ -163,8 +163,6 @@ class Recipe:
             family=family_of(self.model_values), path=self.folder, values={**self.model_values, **known},
             config=self.config,
         )  # fmt: skip
-        if joined.world.rank == 0:
-            self.save()
         parallel = joined.share_model(model)
         return Trainer(
             model,
@@ -175,7 +173,7 @@ class Recipe:
             valid=(lambda: joined.rows(TokenReader(valid, objective, **sizes, epochs=1, shuffle=False)))
             if len(valid)
             else None,
-            reporters=reporters,
+            reporters=[_Keeper(self), *reporters],
             save_model=lambda folder: joined.save(model, lambda whole: save(whole, tokenizer, folder)),
             config=self.values,
             communicator=parallel,
@@ -214,6 +212,17 @@ class Recipe:
         ]
         if differ:
             raise UsageError(f"{self.folder} holds a run of another recipe: {'; '.join(differ)}")
+
+
+class _Keeper(Reporter):
+    """Saves the recipe when the run starts, and so not into the folder of another run that is under way."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Save it."""
+        self.recipe.save()
 
 
 def read(path: str | Path) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from mlxlm.errors import CheckpointError, DataError, TrainingError, UsageError, 
 from mlxlm.models import Transformer
 from mlxlm.training.checkpoints import Checkpoints, TrainingState
 from mlxlm.training.communicator import Communicator
-from mlxlm.training.evaluation import Evaluation, evaluate
+from mlxlm.training.evaluation import Evaluation, EvaluationStopped, evaluate
 from mlxlm.training.interruption import Interruption
+from mlxlm.training.lock import locked
 from mlxlm.training.reporters import Reporter
 from mlxlm.training.settings import TrainSettings
 from mlxlm.training.step import Outcome, Step
@@ -131,6 +132,7 @@ class Trainer:
         self.checkpoints = None if self.folder is None else self._make_checkpoints(self.folder)
         self._position = source.state()
         self._clock = _Clock()
+        self._interruption = Interruption()
         self._last_loss: float | None = None
 
     def _make_checkpoints(self, folder: Path) -> Checkpoints:
@@ -151,37 +153,47 @@ class Trainer:
         Raises UsageError when the folder holds a run and resume is False, TrainingError when gradients stay without
         a finite value, CheckpointError when the last checkpoint can't be written.
         """
-        found = self.checkpoints.steps() if self.checkpoints is not None else []
-        if found and not resume:
-            raise UsageError(
-                f"{self.folder} holds a run of {found[-1]} steps: resume it, or choose another folder for a new one"
-            )
-        if found:
-            self._restore(found[-1])
-        self._tell("on_start", self)
-        self._clock = _Clock()
-        try:
-            with Interruption() as interruption, _cache_limit(self.settings.cache_limit):
-                reason = self._loop(interruption, self.settings.steps if until is None else until)
-                self._tell_interval(last=True)
-                if (
-                    self.valid is not None
-                    and reason in ("done", "data")
-                    and self.progress.evaluated != self.progress.step
-                ):
-                    self._evaluate()
-                if self.checkpoints is not None and self.progress.step not in self.checkpoints.steps():
-                    self._save(final=True)
-                if reason in ("done", "data", "early"):
-                    self._finish()
-        finally:
-            self.step.close()
-            self._tell("on_end", self)
+        with locked(self.folder if self.communicator.first else None):
+            found = self.checkpoints.steps() if self.checkpoints is not None else []
+            if found and not resume:
+                raise UsageError(
+                    f"{self.folder} holds a run of {found[-1]} steps: resume it, or choose another folder for a new one"
+                )
+            if found:
+                self._restore(found[-1])
+            self._tell("on_start", self)
+            self._clock = _Clock()
+            try:
+                with Interruption() as self._interruption, _cache_limit(self.settings.cache_limit):
+                    reason = self._train(self.settings.steps if until is None else until)
+            finally:
+                self.step.close()
+                self._tell("on_end", self)
         progress = self.progress
         return Result(
             progress.step, reason, self._last_loss, progress.best, progress.best_step, progress.tokens,
             progress.skipped, len(self.step.shapes),
         )  # fmt: skip
+
+    def _train(self, last: int) -> str:
+        """The loop and what follows it; why it ended."""
+        try:
+            reason = self._loop(last)
+            self._tell_interval(last=True)
+            if self.valid is not None and reason in ("done", "data") and self.progress.evaluated != self.progress.step:
+                self._evaluate()
+        except EvaluationStopped:  # the resumed run begins with this evaluation
+            reason = signal.Signals(self._signal()).name
+            self._tell_interval(last=True)
+        if self.checkpoints is not None and self.progress.step not in self.checkpoints.steps():
+            self._save(final=True)
+        if reason in ("done", "data", "early"):
+            self._finish()
+        return reason
+
+    def _signal(self) -> int | None:
+        """The number of the signal that asks this run to stop, any of its processes."""
+        return self.communicator.any_signal(self._interruption.signal)
 
     def _finish(self) -> None:
         """Put the final weights into the model, the best ones where they are wanted, and save it."""
@@ -204,10 +216,12 @@ class Trainer:
         """Loss over the whole validation data, with the averaged weights where they are kept."""
         if self.valid is None:
             raise UsageError("there is no validation data to evaluate on")
-        return evaluate(self.step, self.valid())
+        return evaluate(self.step, self.valid(), lambda: self._signal() is not None)
 
-    def _loop(self, interruption: Interruption, last: int) -> str:
+    def _loop(self, last: int) -> str:
         settings, progress = self.settings, self.progress
+        if self._evaluation_due() and progress.evaluated != progress.step and self._evaluate():
+            return "early"
         batches = self._fetch()
         while progress.step < min(last, settings.steps):
             if not batches:
@@ -227,16 +241,19 @@ class Trainer:
             self._take_in(outcome, tokens)
             if settings.report_every and progress.step % settings.report_every == 0:
                 self._tell_interval()
-            evaluated = bool(settings.evaluate_every) and progress.step % settings.evaluate_every == 0
-            stop = evaluated and self.valid is not None and self._evaluate()
+            stop = self._evaluation_due() and self._evaluate()
             if settings.save_every and progress.step % settings.save_every == 0:
                 self._save()
-            stopped_by = self.communicator.any_signal(interruption.signal)
+            stopped_by = self._signal()
             if stopped_by is not None:
                 return signal.Signals(stopped_by).name
             if stop:
                 return "early"
         return "done" if progress.step >= settings.steps else "until"
+
+    def _evaluation_due(self) -> bool:
+        every, step = self.settings.evaluate_every, self.progress.step
+        return self.valid is not None and bool(every) and step > 0 and step % every == 0
 
     def _fetch(self) -> list[Batch]:
         """The batches of one update; fewer than asked for at the end of the data, so that none is left out."""
@@ -370,6 +387,9 @@ class Trainer:
         self.source.restore(self._position)
         mx.random.state[0][:] = mx.array(self.communicator.random_state(state.values["random"]), dtype=mx.uint32)
         self.checkpoints.forget_after(number)
+        best = self.progress.best_step
+        if best is not None and best in self.checkpoints.steps() and self.checkpoints.best() != best:
+            self.checkpoints.mark_best(best, self.progress.best)  # the run ended between the checkpoint and its mark
 
     def _tell(self, event: str, value: Any) -> None:
         for reporter in self.reporters:

@@ -131,7 +131,7 @@ def test_states_of_other_runs_are_refused(tmp_path, packed_rows):
     with pytest.raises(DataError, match="batch_size was 3, is 4"):
         TokenReader(store, packed_rows, batch_size=4, max_length=8).restore(state)
     other = make_store(tmp_path / "b", LENGTHS[::-1])
-    with pytest.raises(DataError, match="documents was"):
+    with pytest.raises(DataError, match="the documents are not those"):
         TokenReader(other, packed_rows, batch_size=3, max_length=8).restore(state)
     with pytest.raises(DataError, match="not the state of a token reader"):
         TokenReader(store, packed_rows, batch_size=3, max_length=8).restore({"step": 1})

@@ -12,18 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from training_runs import run, same, tiny_model, weights_of
+from training_runs import MOMENTS, Valid, run, same, tiny_model, weights_of
 
 from mlxlm.errors import CheckpointError, UsageError
 from mlxlm.training import Checkpoints, Reporter, TrainingState, read_metrics
+from mlxlm.training.lock import locked
 
 SCRIPT = Path(__file__).with_name("training_runs.py")
 
 
-def start(folder, steps):
-    """The same run in another process."""
+def start(folder, steps, *moment):
+    """The same run in another process.  moment: at which it kills itself, and at its how many-eth coming."""
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2]), "OPENBLAS_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, str(SCRIPT), str(folder), str(steps)], env=environment)
+    command = [sys.executable, str(SCRIPT), str(folder), str(steps), *map(str, moment)]
+    return subprocess.Popen(command, env=environment)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "lion", "muon", "sgd"])
@@ -83,39 +85,59 @@ def test_a_checkpoint_of_other_settings_is_refused(change, tmp_path):
 
 
 def test_another_process_resumes_to_the_same_weights(tmp_path):
-    whole, _ = run(None, 8, save_every=1)
-    run(tmp_path, 8, until=3, save_every=1)
-    assert start(tmp_path, 8).wait() == 0
-    with np.load(tmp_path / "weights.npz") as file:
-        assert same(whole, dict(file))
+    whole = uninterrupted(8)
+    run(tmp_path, 8, until=3, save_every=2, evaluate_every=3, valid=Valid, keep_last=1)
+    assert same(whole, end(tmp_path, 8))
 
 
-def kill_and_resume(folder, steps, moments, seed):
-    """Kill the run at random moments, then let it end; its weights."""
-    rng = random.Random(seed)
-    for _ in range(moments):
-        process = start(folder, steps)
-        deadline = time.monotonic() + 60
-        begun = Checkpoints(folder).steps()
-        while process.poll() is None and Checkpoints(folder).steps() == begun and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(rng.random() * 0.15)
-        process.kill()
-        process.wait()
+def uninterrupted(steps, folder=None):
+    """Weights and validation losses of the run that `start` starts, in this process."""
+    weights, _ = run(folder, steps, save_every=2, evaluate_every=3, valid=Valid, keep_last=1)
+    return weights
+
+
+def end(folder, steps):
+    """Let the run end; its weights."""
     assert start(folder, steps).wait() == 0
     with np.load(folder / "weights.npz") as file:
         return dict(file)
 
 
+def metrics_of(folder):
+    """What was reported at each step, times left out."""
+    kept = ("step", "loss", "valid_loss", "tokens", "learning_rate")
+    return [{name: row[name] for name in kept if name in row} for row in read_metrics(folder)]
+
+
 def test_a_run_killed_at_random_moments_ends_as_if_it_was_not(tmp_path):
-    whole, _ = run(None, 60, save_every=1)
-    assert same(whole, kill_and_resume(tmp_path, 60, 3, seed=1))
+    """Three moments of the clock."""
+    whole = uninterrupted(60)
+    rng = random.Random(1)
+    for _ in range(3):
+        process = start(tmp_path, 60)
+        deadline = time.monotonic() + 60
+        begun = Checkpoints(tmp_path).steps()
+        while process.poll() is None and Checkpoints(tmp_path).steps() == begun and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.15)
+        process.kill()
+        process.wait()
+    assert same(whole, end(tmp_path, 60))
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_20_random_moments_ends_as_if_it_was_not(tmp_path):
-    whole, _ = run(None, 400, save_every=1)
-    assert same(whole, kill_and_resume(tmp_path, 400, 20, seed=2))
+def test_a_run_killed_at_20_random_moments_of_every_kind_ends_as_if_it_was_not(tmp_path):
+    """Each of the kinds of moments once, and four of them again; the same run goes on after each kill."""
+    whole = uninterrupted(60, tmp_path / "whole")
+    rng = random.Random(7)
+    moments = [*MOMENTS, *rng.sample(sorted(MOMENTS), 20 - len(MOMENTS))]
+    rng.shuffle(moments)
+    folder = tmp_path / "killed"
+    for moment in moments:
+        assert start(folder, 60, moment, rng.randrange(2, 5)).wait() == -signal.SIGKILL, moment
+    assert same(whole, end(folder, 60))
+    assert metrics_of(folder) == metrics_of(tmp_path / "whole")
+    assert Checkpoints(folder).best() == Checkpoints(tmp_path / "whole").best()
 
 
 class Interrupt(Reporter):
@@ -227,3 +249,89 @@ def test_pruning_keeps_the_best_and_removes_leftovers(tmp_path):
 
 def test_the_weights_of_the_tiny_model_do_not_depend_on_the_process():
     assert same(weights_of(tiny_model()), weights_of(tiny_model()))
+
+
+class Interrupted(Valid):
+    """Validation batches; a signal comes while the second evaluation is under way."""
+
+    number, evaluations = None, 0
+
+    def __init__(self):
+        super().__init__()
+        Interrupted.evaluations += 1
+
+    def next(self):
+        if Interrupted.number is not None and Interrupted.evaluations == 2 and self.index == 1:
+            os.kill(os.getpid(), Interrupted.number)
+        return super().next()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_during_an_evaluation_leaves_it_and_the_resumed_run_makes_it_anew(number, tmp_path, monkeypatch):
+    settings = {"evaluate_every": 3, "patience": 9, "valid": Interrupted}
+    whole, expected = run(tmp_path / "whole", 8, **settings)
+    seen = [row for row in read_metrics(tmp_path / "whole") if "valid_loss" in row]
+    assert [row["step"] for row in seen] == [3, 6, 8]
+    monkeypatch.setattr(Interrupted, "evaluations", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Interrupted, "number", number)
+        _, result = run(tmp_path / "cut", 8, **settings)
+    assert (result.reason, result.step, Checkpoints(tmp_path / "cut").steps()[-1]) == (number.name, 6, 6)
+    again, result = run(tmp_path / "cut", 8, **settings)
+    assert same(whole, again)
+    assert (result.best, result.best_step) == (expected.best, expected.best_step)
+    assert [row for row in read_metrics(tmp_path / "cut") if "valid_loss" in row] == seen
+
+
+def test_a_best_checkpoint_whose_mark_was_not_written_is_marked_when_the_run_goes_on(tmp_path):
+    run(tmp_path, 8, until=4, evaluate_every=4, valid=Valid)
+    assert Checkpoints(tmp_path).best() == 4
+    (tmp_path / "best.json").unlink()
+    run(tmp_path, 8, until=5, evaluate_every=4, valid=Valid)
+    assert Checkpoints(tmp_path).best() == 4
+
+
+def test_two_runs_in_one_folder_are_refused_and_the_first_goes_on(tmp_path):
+    class Second(Reporter):
+        status = None
+
+        def on_metrics(self, metrics):
+            if metrics["step"] == 4:
+                with pytest.raises(UsageError, match="another process is training in"), locked(tmp_path):
+                    pass
+                Second.status = start(tmp_path, 8).wait()
+
+    whole, _ = run(None, 8)
+    weights, result = run(tmp_path, 8, reporters=[Second()])
+    assert Second.status == 1
+    assert (result.reason, same(whole, weights)) == ("done", True)
+    with locked(tmp_path):  # afterwards the folder is free
+        pass
+
+
+def test_data_that_changed_is_refused_and_named(tmp_path):
+    from mlxlm.data import TokenReader
+    from mlxlm.errors import DataError
+    from mlxlm.objectives import CausalLM
+    from mlxlm.training import Trainer, TrainSettings, WordLoss
+
+    def trainer(documents):
+        reader = TokenReader(store(tmp_path, documents), CausalLM(), batch_size=2, max_length=8)
+        settings = TrainSettings(steps=6, save_every=2, compile=False)
+        return Trainer(tiny_model(), WordLoss(), reader, settings, tmp_path / "run")
+
+    documents = [np.arange(5, 30), np.arange(3, 20), np.arange(7, 33)]
+    trainer(documents).run(until=3)
+    with pytest.raises(DataError, match=r"the documents are not those that .* began with"):
+        trainer([*documents, np.arange(6, 12)]).run(resume=True)
+    assert trainer(documents).run(resume=True).reason == "done"
+
+
+def store(folder, documents):
+    """A token store of these documents."""
+    from mlxlm.data import TokenStore
+
+    path = folder / f"shard-{len(documents)}.bin"
+    path.write_bytes(np.concatenate(documents).astype(np.uint16).tobytes())
+    np.save(path.with_suffix(".npy"), np.array([[len(one) for one in documents], range(len(documents))], np.uint64))
+    return TokenStore.open([path], np.dtype(np.uint16))

@@ -1,10 +1,16 @@
 """What the training tests share: a tiny decoder, a source of batches, and a run that other processes can do too.
 
-python training_runs.py FOLDER STEPS     # trains (or resumes) and writes weights to FOLDER/weights.npz
+python training_runs.py FOLDER STEPS [MOMENT COUNT]   # trains (or resumes) and writes weights to FOLDER/weights.npz
+
+With a moment the process kills itself, with no chance to clean up, the COUNT-th time that it comes to it.
 """
 
 from __future__ import annotations
 
+import importlib
+import itertools
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -95,7 +101,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
-def run(folder, steps, *, until=None, reporters=(), **settings):
+def run(folder, steps, *, until=None, reporters=(), valid=None, **settings):
     """Train the tiny model to `until`, resuming what is in the folder; returns its weights and the result."""
     from mlxlm.training import MetricsFile, Trainer, TrainSettings, WordLoss
 
@@ -105,16 +111,67 @@ def run(folder, steps, *, until=None, reporters=(), **settings):
     }  # fmt: skip
     model = tiny_model()
     trainer = Trainer(
-        model, WordLoss(), Rows(), TrainSettings(steps=steps, **settings), folder,
+        model, WordLoss(), Rows(), TrainSettings(steps=steps, **settings), folder, valid=valid,
         reporters=[*([MetricsFile(folder)] if folder else []), *reporters],
     )  # fmt: skip
     result = trainer.run(resume=True, until=until)
     return weights_of(model), result
 
 
+class Valid(Fixed):
+    """Three validation batches."""
+
+    def __init__(self):
+        super().__init__([Rows(seed=s).next() for s in (5, 6, 7)], once=True)
+
+
+# Moments of a run: module, and the function that is entered (or left) then.
+MOMENTS = {
+    "before a step": ("mlxlm.training.step", "Step.__call__", "enter"),
+    "between batches of a step": ("mlxlm.training.step", "Step._arrays", "enter"),
+    "while the step is computed": ("mlxlm.training.step", "Step.evaluate_state", "enter"),
+    "after the step, before it is counted": ("mlxlm.training.step", "Step.evaluate_state", "leave"),
+    "while reporting": ("mlxlm.training.reporters", "MetricsFile._append", "enter"),
+    "after reporting": ("mlxlm.training.reporters", "MetricsFile._append", "leave"),
+    "while evaluating": ("mlxlm.training.step", "Step.evaluate", "leave"),
+    "before a checkpoint": ("mlxlm.training.checkpoints", "Checkpoints.save", "enter"),
+    "a file of a checkpoint is there": ("mlxlm.training.checkpoints", "save_safetensors", "leave"),
+    "before state.json": ("mlxlm.training.checkpoints", "write_json_atomic", "enter"),
+    "before a checkpoint has its name": ("mlxlm.training.checkpoints", "os.rename", "enter"),
+    "a checkpoint has its name": ("mlxlm.training.checkpoints", "os.rename", "leave"),
+    "before the best is marked": ("mlxlm.training.checkpoints", "Checkpoints.mark_best", "enter"),
+    "while old checkpoints are removed": ("mlxlm.training.checkpoints", "Checkpoints._remove", "enter"),
+    "an old checkpoint has lost its name": ("mlxlm.training.checkpoints", "shutil.rmtree", "enter"),
+    "while reading data": ("training_runs", "Rows.next", "enter"),
+}
+
+
+def die_at(moment, count):
+    """Make this process kill itself the `count`-th time that a moment comes."""
+    module, name, when = MOMENTS[moment]
+    *holders, last = name.split(".")
+    holder = sys.modules["__main__"] if module == "training_runs" else importlib.import_module(module)
+    for part in holders:
+        holder = getattr(holder, part)
+    original, seen = getattr(holder, last), itertools.count(1)
+
+    def watched(*arguments, **keywords):
+        number = next(seen)
+        if when == "enter" and number == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*arguments, **keywords)
+        if number == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(holder, last, watched)
+
+
 def main():
     folder, steps = Path(sys.argv[1]), int(sys.argv[2])
-    weights, result = run(folder, steps, save_every=1)
+    if len(sys.argv) > 3:
+        die_at(sys.argv[3], int(sys.argv[4]))
+    weights, result = run(folder, steps, save_every=2, evaluate_every=3, valid=Valid, keep_last=1)
     if result.reason != "done":
         sys.exit(3)
     np.savez(folder / "weights.npz", **weights)

@@ -138,7 +138,7 @@ def test_programs_of_pickle_opcodes_are_refused_or_describe_something(program):
 
 
 @pytest.mark.slow
-@settings(max_examples=20_000, deadline=10_000, suppress_health_check=CHECKS)
+@settings(max_examples=5_000, deadline=10_000, suppress_health_check=CHECKS)
 @given(programs)
 def test_many_programs_of_pickle_opcodes_are_refused_or_describe_something(program):
     interpret(program)

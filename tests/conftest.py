@@ -12,7 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # As many tests as cores run at once: more threads would only wait for each other.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import mlxlm  # noqa: E402  before mlx.core, so that a fast BLAS can be loaded
+import mlxlm
 
 FIXTURES = Path(__file__).parent / "fixtures"
 

@@ -33,7 +33,7 @@ class Request:
     model: a directory, a .gguf file or a hub id.  output: a folder, for GGUF a file; nothing may stand there.
     target: see `HubTarget`, `MlxTarget`, `GgufTarget`.  revision: of a hub id.
     target_bits: bits a weight, of all weights, for a recipe by sensitivity in place of the target's default.
-    forms: to choose from then, default affine 2 to 8 bits in the default's groups.
+    forms: to choose from then, default affine 2 to 8 bits in the default's groups, and 4 bits in groups of other sizes.
     method: how linear modules in layers are rounded.  text: a file to calibrate on and to judge by, default the Python
     language reference.  rows, length: of tokens, for calibration and again for judging.
     measure: perplexity before and after; needs memory for the float model.  verify: compare layer by layer.
@@ -212,7 +212,9 @@ def _sensitive(
     default = recipe.default or quantization()
     if default.mode != "affine" and not request.forms:
         raise UsageError(f"a target size chooses among bits, but {default.mode} has one number of them; use affine")
-    forms = request.forms or tuple(quantization(bits, default.group_size) for bits in (2, 3, 4, 5, 6, 8))
+    sizes = [size for size in (32, 64, 128) if size != default.group_size]
+    usual = [quantization(bits, default.group_size) for bits in (2, 3, 4, 5, 6, 8)]
+    forms = request.forms or (*usual, *(quantization(4, size) for size in sizes))
     parameters = sum(array.size for _, array in tree_flatten(model.parameters()))
     return sensitive_recipe(
         model,

@@ -71,15 +71,13 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture
-def tiny_directory(fixture_model):
-    """A checkpoint directory of a 67-word decoder with a character tokenizer and a chat template."""
+def write_character_tokenizer(directory, template=TEMPLATE):
+    """Tokenizer files of 67 words, mostly single characters, with a chat template."""
     import json
     import string
 
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    directory = fixture_model("llama")
     words = ["<pad>", "<s>", "</s>", "<user>", "<assistant>", "<system>", "<unk>"]
     words += [*string.ascii_letters, " ", ".", ",", "?", "!", "'", "\n", "0"]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
@@ -88,7 +86,14 @@ def tiny_directory(fixture_model):
     tokenizer.add_special_tokens(words[:7])
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    (directory / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATE}))
+    (directory / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+
+
+@pytest.fixture
+def tiny_directory(fixture_model):
+    """A checkpoint directory of a 67-word decoder with a character tokenizer and a chat template."""
+    directory = fixture_model("llama")
+    write_character_tokenizer(directory)
     return directory
 
 

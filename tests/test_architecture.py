@@ -29,6 +29,7 @@ FLOORS = {
     "distributed": 4,
     "conversion": 4,
     "training": 5,
+    "server": 5,
     "alignment": 6,
     "cli": 7,
     "__main__": 8,

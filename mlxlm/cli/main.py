@@ -24,6 +24,7 @@ from mlxlm.cli.launch import launch
 from mlxlm.cli.plan import plan
 from mlxlm.cli.plot import plot
 from mlxlm.cli.pretrain import pretrain
+from mlxlm.cli.serve import serve
 from mlxlm.cli.tokenizer import tokenizer
 from mlxlm.errors import MlxlmError
 from mlxlm.version import __version__
@@ -37,7 +38,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _VERBS = (generate, chat, embed, fill_mask, classify, finetune, evaluate, plot, pretrain, families, convert, fuse)
-for verb in (*_VERBS, cache_prompt, doctor, plan, launch):
+for verb in (*_VERBS, cache_prompt, serve, doctor, plan, launch):
     app.command(verb.__name__.replace("_", "-"), no_args_is_help=verb in (fill_mask, classify, convert))(verb)
 app.add_typer(tokenizer)
 

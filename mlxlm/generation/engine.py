@@ -13,9 +13,10 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from mlxlm.models import Transformer
 
 Listener = Callable[[TokenChoice | None], None]
+T = TypeVar("T")
 
 
 class EngineBusyError(MlxlmError):
@@ -137,6 +139,7 @@ class Engine:
         self._changed = threading.Condition()
         self._inbox: list[Handle] = []
         self._unwanted: list[Handle] = []
+        self._calls: list[tuple[Future[Any], Callable[[], Any]]] = []
         self._closing = False
         self._counts = {"requests": 0, "cancelled": 0, "failed": 0, "prompt_tokens": 0, "generated_tokens": 0}
         self._rows: dict[Handle, Row] = {}
@@ -163,6 +166,24 @@ class Engine:
             self._changed.notify()
         return handle
 
+    def call(self, work: Callable[[], T]) -> Future[T]:
+        """Run `work` in the engine's thread between two steps, where the model may be used for something else.
+
+        Answers wait meanwhile, so it should be short. Raises EngineBusyError when the engine is closed.
+        """
+        future: Future[T] = Future()
+        with self._changed:
+            if self._closing:
+                raise EngineBusyError("the engine is closed")
+            self._calls.append((future, work))
+            self._changed.notify()
+        return future
+
+    @property
+    def running(self) -> bool:
+        """Whether the thread is there to answer; False after `close`, and when something broke it."""
+        return self._thread.is_alive()
+
     def statistics(self) -> EngineStatistics:
         """What the engine does now and has done."""
         with self._changed:
@@ -182,6 +203,8 @@ class Engine:
             self._closing = True
             if not finish:
                 self._unwanted += [*self._inbox, *self._rows]
+                for future, _ in self._calls:
+                    future.cancel()
             self._changed.notify()
         self._thread.join(timeout)
         return not self._thread.is_alive()
@@ -207,15 +230,19 @@ class Engine:
             with self._changed:
                 self._closing = True
                 left = [*self._inbox, *self._rows]
+                calls, self._calls = self._calls, []
             for handle in left:
                 handle._finish(error)
+            for future, _ in calls:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(error)
             raise
 
     def _exchange(self) -> bool:
         """Take in what callers want; waits while there is nothing to do. False when the engine is to end."""
         with self._changed:
             self._report()
-            while not (self._inbox or self._unwanted or self._scheduler.busy or self._closing):
+            while not (self._inbox or self._unwanted or self._calls or self._scheduler.busy or self._closing):
                 self._changed.wait()
             arrived, self._inbox = self._inbox, []
             unwanted, self._unwanted = set(self._unwanted), []
@@ -227,11 +254,23 @@ class Engine:
             self._counts["cancelled"] += len(ended)
             self._counts["requests"] += len(ended)
             self._report()
-            going_on = self._scheduler.busy or not self._closing
+            calls, self._calls = self._calls[:1], self._calls[1:]
+            going_on = self._scheduler.busy or self._calls or not self._closing
         for handle in ended:
             handle._cancelled = True
             handle._finish()
-        return going_on
+        for future, work in calls:
+            self._do(future, work)
+        return bool(going_on)
+
+    @staticmethod
+    def _do(future: Future[Any], work: Callable[[], Any]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(work())
+        except Exception as error:  # of the work, and for whoever asked for it
+            future.set_exception(error)
 
     def _report(self) -> None:
         self._waiting, self._active = self._scheduler.waiting, self._scheduler.active

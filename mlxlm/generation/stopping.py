@@ -29,7 +29,7 @@ class StopStrings:
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)]
-        keep = max(self._beginning(text, string) for string in self.strings)
+        keep = max(self.beginning(text, string) for string in self.strings)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -39,7 +39,7 @@ class StopStrings:
         return rest
 
     @staticmethod
-    def _beginning(text: str, string: str) -> int:
+    def beginning(text: str, string: str) -> int:
         """Length of the longest end of `text` that begins `string`."""
         longest = min(len(text), len(string) - 1)
         return next((size for size in range(longest, 0, -1) if text.endswith(string[:size])), 0)

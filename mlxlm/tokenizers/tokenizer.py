@@ -70,6 +70,11 @@ class Tokenizer:
         )
 
     @property
+    def tool_template(self) -> str | None:
+        """Source of the chat template used with tools, None when there is none."""
+        return self._settings.templates.get(chat.TOOL_USE, self.chat_template)
+
+    @property
     def model_max_length(self) -> int | None:
         return self._settings.model_max_length
 

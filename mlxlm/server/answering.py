@@ -13,6 +13,9 @@ from mlxlm.generation.stopping import StopStrings
 from mlxlm.server.problems import Problem
 from mlxlm.tokenizers import Tokenizer
 
+# Stands for the index of an answer in the message that the time is over.
+_LATE = -1
+
 
 @dataclass
 class AnswerPiece:
@@ -80,6 +83,7 @@ class Answers:
         self._on_first = on_first
         self._texts = [_Text(tokenizer, StopStrings(stop), shown) for _ in requests]
         self._heard: asyncio.Queue[tuple[int, TokenChoice | None]] = asyncio.Queue()
+        self._timer: asyncio.TimerHandle | None = None
         self._handles: list[Handle] = []
         self._left = set(range(len(requests)))
         self.generated_tokens = 0
@@ -90,6 +94,9 @@ class Answers:
         Raises a Problem, with status 429 when the engine's queue has no room for all answers.
         """
         loop = asyncio.get_running_loop()
+        # A message among the others: waiting with a time limit loses a cancellation that meets a token (Python < 3.12).
+        left = self._deadline - time.monotonic()
+        self._timer = loop.call_later(left, self._heard.put_nowait, (_LATE, None))
         try:
             for index, request in enumerate(self._requests):
 
@@ -108,6 +115,8 @@ class Answers:
 
     def cancel(self) -> None:
         """Let the engine forget what is not done."""
+        if self._timer is not None:
+            self._timer.cancel()
         for handle in self._handles:
             if not handle.done:
                 handle.cancel()
@@ -115,7 +124,9 @@ class Answers:
     async def pieces(self) -> AsyncIterator[AnswerPiece]:
         """All pieces of all answers, as they are made. The last of each has a finish_reason."""
         while self._left:
-            index, choice = await self._next()
+            index, choice = await self._heard.get()
+            if index == _LATE:
+                raise Problem(504, "the answer took longer than this server allows", code="timeout")
             if index not in self._left:
                 continue  # made after a stop string, before the engine heard that nobody wants it
             if choice is None:
@@ -129,12 +140,6 @@ class Answers:
                 self._handles[index].cancel()
             choices = [] if choice.finish_reason == "stop" else [choice]
             yield AnswerPiece(index, text, choices, reason)
-
-    async def _next(self) -> tuple[int, TokenChoice | None]:
-        try:
-            return await asyncio.wait_for(self._heard.get(), max(self._deadline - time.monotonic(), 0.001))
-        except asyncio.TimeoutError:
-            raise Problem(504, "the answer took longer than this server allows", code="timeout") from None
 
     def _broken(self, index: int) -> Problem:
         """What ended an answer that has no last token."""

@@ -8,6 +8,7 @@ import json
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, NoReturn, TypeVar
 
+import anyio
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -44,8 +45,9 @@ async def read_json(request: Request, limit: int, seconds: float) -> Any:
         return bytes(body)
 
     try:
-        body = await asyncio.wait_for(read(), seconds)
-    except asyncio.TimeoutError:
+        with anyio.fail_after(seconds):
+            body = await read()
+    except TimeoutError:
         raise Problem(408, f"the request was not complete within {seconds:g} s", code="timeout") from None
     except ClientDisconnect:
         raise ClientGoneError from None

@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import anyio
 import anyio.to_thread
 import mlx.core as mx
 import numpy as np
@@ -185,8 +186,9 @@ class Service:
             future = self._in_the_models_thread(lambda some=some: embed(self.model, self.tokenizer, some))  # type: ignore[misc]
             try:
                 left = max(deadline - time.monotonic(), 0.001)
-                parts.append(await asyncio.wait_for(asyncio.wrap_future(future), left))
-            except asyncio.TimeoutError:
+                with anyio.fail_after(left):
+                    parts.append(await asyncio.wrap_future(future))
+            except TimeoutError:
                 raise Problem(504, "the embeddings took longer than this server allows", code="timeout") from None
             except MlxlmError as error:
                 raise Problem(400, str(error), param="input", code="invalid_value") from None

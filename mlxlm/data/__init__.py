@@ -13,6 +13,7 @@ source = SupervisedSource(examples, batch_size=8, max_length=1024, epochs=3)
 
 from mlxlm.data.batch import IGNORE, Batch, BatchSource, RowObjective
 from mlxlm.data.building import build_store, prepare
+from mlxlm.data.columns import ColumnShare
 from mlxlm.data.jsonl import read_jsonl
 from mlxlm.data.mixture import Mixture
 from mlxlm.data.reader import TokenReader
@@ -32,6 +33,7 @@ __all__ = [
     "TRUNCATIONS",
     "Batch",
     "BatchSource",
+    "ColumnShare",
     "Encoding",
     "Example",
     "Mixture",

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from mlxlm.data import RowShare
+from mlxlm.data import ColumnShare, RowShare
 from mlxlm.distributed.mesh import AXES, Mesh, parse_mesh
 from mlxlm.distributed.parallel import Parallel
 from mlxlm.distributed.world import World, connect
@@ -60,8 +60,11 @@ class Joined:
             parallel.serve()
 
     def rows(self, source: Any) -> Any:
-        """This process's rows of a source of batches."""
-        return source if self.mesh.dp == 1 else RowShare(source, self.mesh.place(self.world.rank)["dp"], self.mesh.dp)
+        """This process's rows, and its part of them, of a source of batches."""
+        place = self.mesh.place(self.world.rank)
+        if self.mesh.dp > 1:
+            source = RowShare(source, place["dp"], self.mesh.dp)
+        return source if self.mesh.sp == 1 else ColumnShare(source, place["sp"], self.mesh.sp)
 
     def save(self, model: Transformer, write: Callable[[Transformer], None]) -> None:
         """Let the first process write the whole model; the others give it their parts and wait."""

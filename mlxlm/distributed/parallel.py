@@ -17,6 +17,7 @@ from mlxlm.distributed.communicator import Comm
 from mlxlm.distributed.mesh import Mesh
 from mlxlm.distributed.pieces import Piece
 from mlxlm.distributed.pipeline import Pipeline
+from mlxlm.distributed.ring_attention import share_rows
 from mlxlm.distributed.stages import StagePlan, split_stages
 from mlxlm.distributed.tensor_parallel import share_tensors
 from mlxlm.distributed.tensor_plan import TensorPlan
@@ -69,6 +70,7 @@ class Parallel:
             self.pipeline = Pipeline(model, comm, schedule)
             self._ties = self._tied(world)
         self.pieces = share_tensors(model, self.tensor)
+        share_rows(model, world.comm(mesh.groups("sp"), "sequence"))
         if self.data.size > 1:
             self.check_equal(dict(tree_flatten(model.parameters())), "the weights at the start")
         self._rows = {name: piece.size[0] for name, piece in self.pieces.items() if piece.shape}
@@ -81,7 +83,8 @@ class Parallel:
     @property
     def lazy(self) -> bool:
         """See the class."""
-        return self.pipeline is None and all(comm.lazy for comm in (self.data, self.tensor, self._parts))
+        native = all(comm.lazy for comm in (self.data, self.tensor, self._parts))
+        return native and self.pipeline is None and self.mesh.sp == 1
 
     @property
     def recomputes(self) -> bool:

@@ -267,7 +267,7 @@ def connect(*, timeout: float | None = None, backend: str | None = None, alone: 
     if timeout <= 0:
         raise UsageError(f"the time limit of a run is {timeout:g} s; expected more than 0")
     backend = backend_of() if backend is None else backend
-    if backend is None or alone:
+    if backend is None or alone or (backend == "ring" and len(_ring_hosts()) == 1):
         return World(None, None, timeout, None)
     rank = os.environ.get("MLX_RANK", "?")
     patience = max(timeout, _JOIN_TIMEOUT)
@@ -299,11 +299,17 @@ def _give_up(reason: str) -> None:
 
 def _listed_host(rank: int) -> str | None:
     """The address that the ring's host file names for a rank."""
+    hosts = _ring_hosts()
+    return hosts[rank] if rank < len(hosts) else None
+
+
+def _ring_hosts() -> list[str]:
+    """The addresses in the ring's host file; none where there is no such file."""
     path = os.environ.get("MLX_HOSTFILE")
     if not path:
-        return None
+        return []
     try:
         with open(path, encoding="utf-8") as file:
-            return str(json.load(file)[rank][0]).rpartition(":")[0]
+            return [str(places[0]).rpartition(":")[0] for places in json.load(file)]
     except (OSError, ValueError, LookupError, TypeError):
-        return None
+        return []

@@ -140,6 +140,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.prompt: VirtualTokens | None = None
+        # Which of how many equal parts of every row this model is given. No parameter to mlx.nn.
+        self._parts = (0, 1)
         self.embeddings = config.embeddings.build()
         if config.encoder is not None:
             self.encoder = Stack(config.encoder)
@@ -376,9 +378,12 @@ class Transformer(nn.Module):
     ) -> TokenPositions:
         if explicit is not None and (explicit.ndim != 2 or explicit.shape[1] != tokens.shape[1]):
             raise UsageError(f"positions have shape {explicit.shape}, but tokens {tokens.shape}")
-        offset = first + (0 if cache is None else cache.offset)
+        part, parts = self._parts
+        offset = first + part * tokens.shape[1] + (0 if cache is None else cache.offset)
+        if parts > 1:
+            context = max(context, parts * tokens.shape[1])
         if explicit is None and (cache is None or cache.place is None):
-            self.check_room(cache, first + tokens.shape[1])
+            self.check_room(cache, first + parts * tokens.shape[1])
         return TokenPositions(tokens.shape[1], offset, explicit, blocks, context)
 
     def check_room(self, cache: Cache | None, num_tokens: int) -> None:

@@ -14,15 +14,17 @@ from mlxlm.data import RowShare
 
 TWO = [
     "llama dp=2 0", "llama dp=2 1", "llama dp=2 2", "llama dp=2 3", "llama tp=2 0", "llama pp=2 0", "bert tp=2 0",
-    "t5 dp=2 3", "t5 tp=2 0", "t5 pp=2 0 gpipe",
+    "t5 dp=2 3", "t5 tp=2 0", "t5 pp=2 0 gpipe", "llama sp=2 0", "t5 sp=2 0",
 ]  # fmt: skip
 TWO_MORE = [
     "llama-tied pp=2 0 gpipe", "bert dp=2 0", "bert dp=2 1", "bert dp=2 2", "bert dp=2 3", "bert pp=2 0",
-    "bert pp=2 0 gpipe", "t5 dp=2 0", "t5 dp=2 1", "t5 dp=2 2", "t5 pp=2 0",
+    "bert pp=2 0 gpipe", "t5 dp=2 0", "t5 dp=2 1", "t5 dp=2 2", "t5 pp=2 0", "bert sp=2 0", "bloom sp=2 0",
+    "gpt2 sp=2 3",
 ]  # fmt: skip
 FOUR = [
     "llama dp=2,tp=2 2", "qwen3 dp=2,tp=2 3", "llama-tied pp=2,dp=2 2", "llama pp=2,tp=2 0 gpipe", "bert dp=2,tp=2 1",
-    "bert pp=2,dp=2 0", "t5 pp=2,tp=2 0", "t5 pp=2,dp=2 3",
+    "bert pp=2,dp=2 0", "t5 pp=2,tp=2 0", "t5 pp=2,dp=2 3", "llama sp=2,tp=2 0", "llama-tied sp=2,pp=2 0",
+    "bert sp=4 0",
 ]  # fmt: skip
 EIGHT = ["llama dp=2,tp=2,pp=2 1"]
 

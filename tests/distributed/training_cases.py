@@ -75,8 +75,7 @@ def reference(folder, name):
 
 def under_meshes(world, folder, *cases):
     """For each case "model mesh zero": how far losses and weights are from those of one process, and what is held."""
-    from mlxlm.data import RowShare
-    from mlxlm.distributed import Parallel, parse_mesh
+    from mlxlm.distributed import Joined, parse_mesh
 
     result = {}
     for case in cases:
@@ -84,8 +83,9 @@ def under_meshes(world, folder, *cases):
         losses, weights = reference(folder, name)
         model = small_model(name)
         options = dict(zip(["schedule"], schedule, strict=False))
-        parallel = Parallel(world, parse_mesh(mesh, world.size), model, zero=int(zero), **options)
-        source = RowShare(Batches(model), parallel.place["dp"], parallel.mesh.dp)
+        joined = Joined(world, parse_mesh(mesh, world.size), int(zero), **options)
+        parallel = joined.share_model(model)
+        source = joined.rows(Batches(model))
         got, step = trained(name, parallel, model, source)
         result[f"{case}/losses"] = np.abs(got - losses).max()
         result[f"{case}/moved"] = abs(losses[-1] - losses[0])

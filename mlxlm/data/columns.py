@@ -1,0 +1,60 @@
+"""The columns of every batch shared among processes: each has a part of every row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mlxlm.data.batch import IGNORE, TARGETS, Batch, BatchSource
+from mlxlm.errors import UsageError
+
+
+class ColumnShare:
+    """Part `index` of `size` equal parts of the rows of a source's batches. A `BatchSource`.
+
+    Rows are filled up at the end so that all parts are equally long. Arrays of whole rows, such as key_lengths, stay
+    what they are. Raises UsageError for batches whose labels are about whole rows.
+    """
+
+    def __init__(self, source: BatchSource, index: int, size: int):
+        if not 0 <= index < size:
+            raise UsageError(f"part {index} of {size}; expected 0 <= index < size")
+        self.source, self.index, self.size = source, index, size
+
+    @property
+    def epoch(self) -> int:
+        """Finished passes over the data."""
+        return self.source.epoch
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that all processes together have read."""
+        return self.source.num_tokens
+
+    def next(self) -> Batch | None:
+        """This process's columns of the next batch; None at the end of the source."""
+        batch = self.source.next()
+        if batch is None:
+            return None
+        whole = [name for name in TARGETS if name in batch and batch[name].ndim == 1]
+        if whole:
+            raise UsageError(f"{whole[0]} are about whole rows; sequence parallelism gives each process a part of them")
+        rows, length = batch["tokens"].shape
+        if length % self.size and not {"key_lengths", "segments"} & batch.keys():
+            batch = {**batch, "key_lengths": np.full(rows, length, dtype=np.int32)}
+        return {name: self._part(name, array) if array.ndim == 2 else array for name, array in batch.items()}
+
+    def _part(self, name: str, array: np.ndarray) -> np.ndarray:
+        each = -(-array.shape[1] // self.size)
+        filler = IGNORE if name in TARGETS else 0
+        filled = np.pad(array, [(0, 0), (0, each * self.size - array.shape[1])], constant_values=filler)
+        return filled[:, self.index * each : (self.index + 1) * each]
+
+    def state(self) -> dict[str, Any]:
+        """That of the source, the same in every process."""
+        return self.source.state()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """See `BatchSource.restore`."""
+        self.source.restore(state)

@@ -2,9 +2,9 @@
 
     pip install trl && python tools/make_trl_fixtures.py
 
-Writes tests/fixtures/alignment/trl.json: for each case the inputs, the loss and the gradient of the loss by the policy's
-log probabilities. The trainers' own loss functions are called, each with a stand-in for a trainer that holds the settings
-and a stand-in for a model that gives the log probabilities drawn here.
+Writes tests/fixtures/alignment/trl.json: for each case the inputs, the loss and the gradient of the loss by the
+policy's log probabilities. The trainers' own loss functions are called, each with a stand-in for a trainer that holds
+the settings and a stand-in for a model that gives the log probabilities drawn here.
 """
 
 from __future__ import annotations

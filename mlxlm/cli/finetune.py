@@ -5,20 +5,21 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from mlxlm.cli import options as opt
-from mlxlm.cli.finetune_flags import with_flags
+from mlxlm.cli.finetune_flags import FLAGS, with_flags
 from mlxlm.errors import UsageError
 
 if TYPE_CHECKING:
     from mlxlm.distributed import Joined
+    from mlxlm.training import Result
     from mlxlm.training.finetune import Outcome
 
 
-@with_flags
+@with_flags(FLAGS)
 def finetune(
     model: opt.ModelOrShipped = None,
     adapter_path: Annotated[
@@ -44,16 +45,21 @@ def finetune(
     with opt.joined(mesh, axes=("dp",)) as group:
         outcome = _run(given, config, resume, group)
     if outcome.stopped:
-        print(
-            f"{outcome.result.reason} after step {outcome.result.step}; the checkpoint is saved. Go on: "
-            f"mlxlm finetune --resume --adapter-path {outcome.settings.adapter_path}",
-            file=sys.stderr,
-        )
-        raise typer.Exit(128 + signal.Signals[outcome.result.reason])
+        end_early("finetune", outcome.result, outcome.settings.adapter_path)
     from mlxlm.cli.finetune_table import show
 
     if group.first:
         show(outcome)
+
+
+def end_early(verb: str, result: Result, folder: str) -> NoReturn:
+    """Say how a run that a signal ended goes on, and exit with the signal's status."""
+    print(
+        f"{result.reason} after step {result.step}; the checkpoint is saved. Go on: "
+        f"mlxlm {verb} --resume --adapter-path {folder}",
+        file=sys.stderr,
+    )
+    raise typer.Exit(128 + signal.Signals[result.reason])
 
 
 def _run(given: dict[str, Any], config: str | None, resume: bool, group: Joined) -> Outcome:
@@ -63,22 +69,28 @@ def _run(given: dict[str, Any], config: str | None, resume: bool, group: Joined)
     from mlxlm.training.finetune import finetune as run
     from mlxlm.training.finetune.run import SETTINGS
     from mlxlm.training.tracking import reporter
-    from mlxlm.training.yaml_files import read_yaml
 
-    values: dict[str, Any] = {}
-    if config is None and resume:
-        folder = Path(given.get("adapter_path", "adapters")).expanduser()
-        if not (folder / SETTINGS).is_file():
-            raise UsageError(f"{folder} holds no run to resume: there is no {SETTINGS}")
-        values = read_yaml(folder / SETTINGS, "expected the settings of a run")
-    elif config is not None:
-        values = read_yaml(config, "expected settings such as `learning_rate: 1e-4`")
-    settings = FinetuneSettings.from_json(_merged(values, given))
+    settings = FinetuneSettings.from_json(values_of(given, config, resume, SETTINGS))
     console = Console()
     outside = [reporter(name, settings.folder) for name in settings.report_to]
     reporters = [console, MetricsFile(settings.folder), *outside]
     say = console.on_message if group.first else (lambda text: None)
     return run(settings, reporters if group.first else [], resume=resume, say=say, joined=group)
+
+
+def values_of(given: dict[str, Any], config: str | None, resume: bool, name: str) -> dict[str, Any]:
+    """The settings of a run: flags over a file, which for a resumed run is the one called `name` in its folder."""
+    from mlxlm.training.yaml_files import read_yaml
+
+    values: dict[str, Any] = {}
+    if config is None and resume:
+        folder = Path(given.get("adapter_path", "adapters")).expanduser()
+        if not (folder / name).is_file():
+            raise UsageError(f"{folder} holds no run to resume: there is no {name}")
+        values = read_yaml(folder / name, "expected the settings of a run")
+    elif config is not None:
+        values = read_yaml(config, "expected settings such as `learning_rate: 1e-4`")
+    return _merged(values, given)
 
 
 def _merged(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ must not wait for; a test compares the two.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -40,14 +40,18 @@ class Flag:
         return inspect.Parameter(self.setting, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
 
 
-def with_flags(function: Callable[..., None]) -> Callable[..., None]:
-    """The function, which takes **flags, with a parameter for each flag of the table."""
-    signature = inspect.signature(function, eval_str=True)
-    own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
-    every = [*own, *(flag.parameter() for flag in FLAGS)]
-    function.__signature__ = signature.replace(parameters=every)  # type: ignore[attr-defined]
-    function.__annotations__ = {one.name: one.annotation for one in every} | {"return": None}
-    return function
+def with_flags(flags: Sequence[Flag]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """What gives a function, which takes **flags, a parameter for each flag of a table."""
+
+    def given(function: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(function, eval_str=True)
+        own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+        every = [*own, *(flag.parameter() for flag in flags)]
+        function.__signature__ = signature.replace(parameters=every)  # type: ignore[attr-defined]
+        function.__annotations__ = {one.name: one.annotation for one in every} | {"return": None}
+        return function
+
+    return given
 
 
 FLAGS = (

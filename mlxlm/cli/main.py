@@ -8,6 +8,7 @@ import traceback
 
 import typer
 
+from mlxlm.cli.align import align
 from mlxlm.cli.cache_prompt import cache_prompt
 from mlxlm.cli.chat import chat
 from mlxlm.cli.classify import classify
@@ -37,7 +38,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_VERBS = (generate, chat, embed, fill_mask, classify, finetune, evaluate, plot, pretrain, families, convert, fuse)
+_VERBS = (
+    generate,
+    chat,
+    embed,
+    fill_mask,
+    classify,
+    finetune,
+    align,
+    evaluate,
+    plot,
+    pretrain,
+    families,
+    convert,
+    fuse,
+)
 for verb in (*_VERBS, cache_prompt, serve, doctor, plan, launch):
     app.command(verb.__name__.replace("_", "-"), no_args_is_help=verb in (fill_mask, classify, convert))(verb)
 app.add_typer(tokenizer)

@@ -76,7 +76,11 @@ class SupervisedSource:
         self.num_tokens += sum(len(example.tokens) for row in rows for example in row)
         if self.packing:
             return pack_examples(rows, self.max_length)
-        return pad_examples([row[0] for row in rows], self.max_length, self.multiple, self.decoder_start)
+        return self.batch([row[0] for row in rows])
+
+    def batch(self, examples: Sequence[Example]) -> Batch:
+        """The batch of some examples, one a row; kinds of examples that have batches of their own do it otherwise."""
+        return pad_examples(examples, self.max_length, self.multiple, self.decoder_start)
 
     def state(self) -> dict[str, Any]:
         """Where the source stands, for `restore`."""

@@ -26,13 +26,15 @@ class Format:
 # The first whose keys are all there wins, so that {"text", "label"} is not taken for {"text"}.
 FORMATS: dict[str, Format] = {
     "chat": Format(keys=("messages",), optional=("tools",)),
-    "preference": Format(keys=("prompt", "chosen", "rejected")),
+    "preference": Format(keys=("prompt", "chosen", "rejected"), optional=("margin",)),
+    "ranking": Format(keys=("prompt", "ranked")),
     "choices": Format(keys=("prompt", "choices", "answer")),
     "completion": Format(keys=("prompt", "completion")),
     "classification": Format(keys=("text", "label"), optional=("pair",)),
     "tagging": Format(keys=("tokens", "labels")),
     "seq2seq": Format(keys=("source", "target")),
     "text": Format(keys=("text",)),
+    "prompt": Format(keys=("prompt",)),
 }
 
 
@@ -207,6 +209,17 @@ def _check_tagging(row: Row, where: str) -> None:
         raise DataError(f"{where}: every label must be text or a whole number")
 
 
+def _check_ranking(row: Row, where: str) -> None:
+    _text(row, where, "prompt")
+    ranked = row["ranked"]
+    if (
+        not isinstance(ranked, list)
+        or len(ranked) < 2
+        or not all(isinstance(one, str) and one.strip() for one in ranked)
+    ):
+        raise DataError(f"{where}: 'ranked' must be a list of at least two answers, best first, none of them empty")
+
+
 def _check_choices(row: Row, where: str) -> None:
     _text(row, where, "prompt")
     choices, answer = row["choices"], row["answer"]
@@ -222,10 +235,12 @@ def _check_choices(row: Row, where: str) -> None:
 _CHECKS: dict[str, Callable[[Row, str], None]] = {
     "chat": _check_chat,
     "preference": lambda row, where: _text(row, where, "prompt", "chosen", "rejected"),
+    "ranking": _check_ranking,
     "choices": _check_choices,
     "completion": lambda row, where: _text(row, where, "prompt", "completion"),
     "classification": _check_classification,
     "tagging": _check_tagging,
     "seq2seq": lambda row, where: _text(row, where, "source", "target"),
     "text": lambda row, where: _text(row, where, "text"),
+    "prompt": lambda row, where: _text(row, where, "prompt"),
 }

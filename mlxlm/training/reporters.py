@@ -12,6 +12,10 @@ from typing import Any, TextIO
 from mlxlm.checkpoint import write_bytes_atomic
 from mlxlm.errors import TrainingError
 
+# What every report has; anything else is of the source of batches.
+_OF_STEPS = (
+    "step", "loss", "learning_rate", "gradient_norm", "tokens", "tokens_per_second", "memory", "skipped",
+)  # fmt: skip
 # What every evaluation has; anything else is a measure of the run's own.
 _OF_EVALUATIONS = ("step", "valid_loss", "perplexity", "count")
 
@@ -124,6 +128,8 @@ class Console(Reporter):
             f"loss {metrics['loss']:.4f}  lr {metrics['learning_rate']:.2e}  "
             f"{metrics['tokens_per_second']:,.0f} tokens/s  {metrics['memory'] / 1e9:.2f} GB"
         )
+        own = {name: value for name, value in metrics.items() if name not in _OF_STEPS}
+        text = "  ".join([text, *(f"{name.replace('_', ' ')} {value:.4g}" for name, value in own.items())])
         if self._live is not None:
             self._live.update(self._task, completed=metrics["step"], description=text)
         else:

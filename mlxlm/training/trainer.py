@@ -94,12 +94,12 @@ class Trainer:
     """Trains what is trainable in a model.
 
     model: its trainable parameters are updated, whatever chose them.  task: the loss.  source: gives batches, see
-    `mlxlm.data`.  folder: for checkpoints and metrics, None to keep nothing.  valid: makes a fresh source over the
-    whole validation data.  reporters: are told what happens.  save_model: called at the end with the folder
-    `folder/model`, with the (averaged) weights in the model.  measure: gives the loss on the validation data and
-    further numbers by name, of the weights in the model, instead of the task's own loss.  config: goes into checkpoints
-    as it is.  communicator: other processes that train this model, a `mlxlm.distributed.Parallel`; their sources give
-    them different rows, and the first of them reports.
+    `mlxlm.data`; if it has `metrics()`, these numbers are reported too.  folder: for checkpoints and metrics, None to
+    keep nothing.  valid: makes a fresh source over the whole validation data.  reporters: are told what happens.
+    save_model: called at the end with the folder `folder/model`, with the (averaged) weights in the model.  measure:
+    gives the loss on the validation data and further numbers by name, of the weights in the model, instead of the
+    task's own loss.  config: goes into checkpoints as it is.  communicator: other processes that train this model, a
+    `mlxlm.distributed.Parallel`; their sources give them different rows, and the first of them reports.
     """
 
     def __init__(
@@ -304,6 +304,7 @@ class Trainer:
             "tokens_per_second": progress.interval_tokens / seconds,
             "memory": runtime.memory().peak,
             "skipped": progress.skipped,
+            **(self.source.metrics() if hasattr(self.source, "metrics") else {}),
         })  # fmt: skip
         if not last:
             progress.loss, progress.count, progress.interval_tokens = 0.0, 0, 0

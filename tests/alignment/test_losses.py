@@ -1,4 +1,4 @@
-"""Every loss and its gradient against numpy in float64 and, where trl has it, against what trl made of the same numbers."""
+"""Every loss and its gradient against numpy in float64 and, where trl has it, against what trl made of the numbers."""
 
 from __future__ import annotations
 

@@ -52,8 +52,11 @@ def read_rows(settings: FinetuneSettings) -> tuple[dict[str, Rows], list[str]]:
 
 def kind_of(form: str, config: TransformerConfig) -> Kind:
     """What is learned from rows of a format by a model. Raises an error where the two don't go together."""
-    if form == "preference":
-        raise DataError("rows with chosen and rejected answers are for preference learning, not for fine-tuning")
+    if form in ("preference", "ranking", "prompt"):
+        raise DataError(
+            "rows with chosen and rejected answers, ranked answers or prompts alone are for preference learning "
+            "(mlxlm align), not for fine-tuning"
+        )
     if form == "tagging":
         return "tokens"
     if config.has_memory:

@@ -43,6 +43,7 @@ from mlxlm.training.settings import TrainSettings
 from mlxlm.training.step import dtype_of
 from mlxlm.training.tasks import LabelLoss, WordLoss
 from mlxlm.training.trainer import Result, Trainer
+from mlxlm.training.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from mlxlm.data import Rows
@@ -120,17 +121,7 @@ class Run:
             source = self.examples.source(wanted)
             steps = math.ceil(source.num_batches(wanted.epochs or 3) / wanted.grad_accumulation_steps)
         every = self._evaluation_interval(steps) if wanted.steps_per_eval is None else wanted.steps_per_eval
-        warmup = min(100, steps // 20) if wanted.warmup_steps is None else wanted.warmup_steps
-        layers = -1 if wanted.grad_checkpoint else wanted.recompute_layers
-        return TrainSettings(
-            steps=steps, accumulation=wanted.grad_accumulation_steps, optimizer=wanted.optimizer,
-            learning_rate=wanted.rate, schedule=wanted.schedule, warmup_steps=warmup,
-            weight_decay=wanted.weight_decay, clip_norm=wanted.clip_norm, label_smoothing=wanted.label_smoothing,
-            ema_decay=wanted.ema_decay, dtype=wanted.dtype, recompute_layers=layers, cache_limit=wanted.cache_limit,
-            seed=wanted.seed, evaluate_every=every if valid else 0, save_every=wanted.save_every,
-            report_every=wanted.steps_per_report, patience=wanted.patience, keep_last=1,
-            final_weights="best" if valid else "last",
-        )  # fmt: skip
+        return train_settings(wanted, steps, every if valid else 0, validated=valid)
 
     def _evaluation_interval(self, steps: int) -> int:
         """A tenth of the run, or more where an evaluation takes longer than the steps in between."""
@@ -150,7 +141,7 @@ class Run:
             self.say if examples.kind in ("words", "seq2seq") else (lambda text: None),
         )
         trainer = self._trainer([*reporters, samples])
-        self._keep_settings(resume)
+        keep_settings(settings.folder, SETTINGS, settings.to_json(), MAY_CHANGE, resume, self.joined.first)
         before = self._before(trainer, asked, resume)
         start = time.perf_counter()
         with contextlib.nullcontext() if settings.memory == "off" else plans.held_to(self.plan):
@@ -240,17 +231,42 @@ class Run:
         rows = self.examples.measured(split, self.settings)
         return label_measures(self.model, rows, self.examples.labels, self.settings.batch_size)
 
-    def _keep_settings(self, resume: bool) -> None:
-        """Write the settings into the folder. A resumed run must have those that it began with."""
-        folder = self.settings.folder
-        values = self.settings.to_json()
-        if resume:
-            _compare(folder, values)
-        if not self.joined.first:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-        write_bytes_atomic(folder / SETTINGS, text.encode())
+
+def train_settings(wanted: FinetuneSettings, steps: int, every: int, *, validated: bool) -> TrainSettings:
+    """What the trainer is told.  steps: of the run.  every: so many of them it is evaluated.  validated: whether there
+    is validation data, so that the best weights can be told.
+    """
+    warmup = min(100, steps // 20) if wanted.warmup_steps is None else wanted.warmup_steps
+    return TrainSettings(
+        steps=steps, accumulation=wanted.grad_accumulation_steps, optimizer=wanted.optimizer,
+        learning_rate=wanted.rate, schedule=wanted.schedule, warmup_steps=warmup,
+        weight_decay=wanted.weight_decay, clip_norm=wanted.clip_norm, label_smoothing=wanted.label_smoothing,
+        ema_decay=wanted.ema_decay, dtype=wanted.dtype,
+        recompute_layers=-1 if wanted.grad_checkpoint else wanted.recompute_layers, cache_limit=wanted.cache_limit,
+        seed=wanted.seed, evaluate_every=every, save_every=wanted.save_every, report_every=wanted.steps_per_report,
+        patience=wanted.patience, keep_last=1, final_weights="best" if validated else "last",
+    )  # fmt: skip
+
+
+def keep_settings(
+    folder: Path, name: str, values: dict[str, Any], may_change: Sequence[str], resume: bool, first: bool = True
+) -> None:
+    """Write a run's settings into its folder as a YAML file, the first of several processes alone. Raises UsageError
+    where a resumed run has others than it began with, but for those that may change.
+    """
+    if resume:
+        then = read_yaml(folder / name, "expected the settings of a run")
+        differ = [
+            f"{key} was {then.get(key)!r}, is {values[key]!r}"
+            for key in values
+            if key not in may_change and then.get(key) != values[key]
+        ]
+        if differ:
+            raise UsageError(f"{folder} holds a run with other settings: {'; '.join(differ)}")
+    if not first:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes_atomic(folder / name, yaml.safe_dump(values, sort_keys=False, allow_unicode=True).encode())
 
 
 def prepare(settings: FinetuneSettings, *, resume: bool = False, say: Say = print, joined: Joined | None = None) -> Run:
@@ -280,7 +296,7 @@ def prepare(settings: FinetuneSettings, *, resume: bool = False, say: Say = prin
         say("an encoder-decoder writes the label as its answer")
         splits = {split: rows_of.as_pairs(rows) for split, rows in splits.items()}
     mx.random.seed(settings.seed)
-    model, labels = _adapted(model, tokenizer, kind, splits, settings, say)
+    model, labels = adapted(model, tokenizer, kind, rows_of.names_of_labels(splits, kind), settings, say)
     examples = rows_of.encode(splits, kind, labels, model, tokenizer, settings)
     counts = peft.count_parameters(model)
     settings, plan = fitted(settings, model, examples, joined.mesh.dp)
@@ -319,19 +335,18 @@ def check_folder(settings: FinetuneSettings, resume: bool) -> None:
             raise UsageError(f"{folder} holds a {name} already: choose another --adapter-path")
 
 
-def _adapted(
+def adapted(
     model: Transformer,
     tokenizer: Tokenizer,
     kind: rows_of.Kind,
-    splits: dict[str, Rows],
+    labels: tuple[str, ...],
     settings: FinetuneSettings,
     say: Say,
 ) -> tuple[Transformer, tuple[str, ...]]:
-    """The model with the head that the rows need and the adapter of the method, and the labels' names."""
-    begun = None if settings.resume_adapter_file is None else _adapter_folder(settings.resume_adapter_file)
+    """The model with a head for labels, where there are any, and the adapter of the method, and the labels' names."""
+    begun = None if settings.resume_adapter_file is None else adapter_folder(settings.resume_adapter_file)
     if begun is not None:
         model = peft.with_task_head(model, begun)
-    labels = rows_of.names_of_labels(splits, kind)
     mine = head_labels(model) if isinstance(model.config.head, SequenceHeadSpec) == (kind == "sequence") else ()
     if labels and mine and set(labels) <= set(mine):
         labels = mine
@@ -376,7 +391,7 @@ def _quantize(model: Transformer, say: Say) -> None:
         say(f"this checkpoint is not quantized: {count} linear layers are quantized to 4 bits while training")
 
 
-def _adapter_folder(path: str) -> Path:
+def adapter_folder(path: str) -> Path:
     """The folder of an adapter given by itself or by its tensors' file, as mlx-lm has it."""
     found = Path(path).expanduser()
     return found.parent if found.is_file() else found
@@ -448,17 +463,3 @@ def _lines(run: Run) -> list[str]:
 
 def _plain(value: Any) -> str:
     return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _compare(folder: Path, now: dict[str, Any]) -> None:
-    """Raise UsageError where a resumed run has other settings than it began with."""
-    from mlxlm.training.yaml_files import read_yaml
-
-    then = read_yaml(folder / SETTINGS, "expected the settings of a run")
-    differ = [
-        f"{name} was {then.get(name)!r}, is {now[name]!r}"
-        for name in now
-        if name not in MAY_CHANGE and then.get(name) != now[name]
-    ]
-    if differ:
-        raise UsageError(f"{folder} holds a run with other settings: {'; '.join(differ)}")

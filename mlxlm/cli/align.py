@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -53,11 +52,9 @@ def _run(given: dict[str, Any], config: str | None, resume: bool) -> Outcome:
 
     settings = AlignSettings.from_json(values_of(given, config, resume, SETTINGS))
     folder = settings.tuning.folder
+    console = Console()
     outside = [reporter(name, folder) for name in settings.tuning.report_to]
-    return run(
-        settings, [Console(), MetricsFile(folder), *outside], resume=resume,
-        say=lambda text: print(text, file=sys.stderr, flush=True),
-    )  # fmt: skip
+    return run(settings, [console, MetricsFile(folder), *outside], resume=resume, say=console.on_message)
 
 
 def _show(outcome: Outcome) -> None:

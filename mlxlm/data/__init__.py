@@ -13,11 +13,10 @@ source = SupervisedSource(examples, batch_size=8, max_length=1024, epochs=3)
 
 from mlxlm.data.batch import IGNORE, Batch, BatchSource, RowObjective
 from mlxlm.data.building import build_store, prepare
-from mlxlm.data.columns import ColumnShare
 from mlxlm.data.jsonl import read_jsonl
 from mlxlm.data.mixture import Mixture
 from mlxlm.data.reader import TokenReader
-from mlxlm.data.share import RowShare
+from mlxlm.data.share import ColumnShare, RowShare
 from mlxlm.data.sources import Source, read_documents
 from mlxlm.data.store import TokenStore
 from mlxlm.data.supervised import TRUNCATIONS, Encoding, Example, Report, encode_rows, label_names

@@ -45,7 +45,11 @@ class Comm:
 
     @property
     def lazy(self) -> bool:
-        """Whether sums and gathers are operations of a graph; else they happen when they are called."""
+        """Whether sums and gathers are operations of a graph; else they happen when they are called.
+
+        What happens in the middle of a function that is differentiated keeps all arrays that it was made of until the
+        gradients are there: tensor parallelism among some of the ranks of a ring takes more memory than among all.
+        """
         return self.size == 1 or self.native is not None
 
     def sum(self, x: mx.array, what: str = "sum") -> mx.array:

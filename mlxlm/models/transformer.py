@@ -24,6 +24,7 @@ from mlxlm.layers import (
 from mlxlm.layers.virtual import StackName
 from mlxlm.models.config import StackSpec, TransformerConfig
 from mlxlm.models.heads import SequenceHeadSpec
+from mlxlm.models.recomputation import recomputed
 
 
 class Stack(nn.Module):
@@ -73,9 +74,7 @@ class Stack(nn.Module):
         return self.dropout(self.norm(x))
 
     def _recompute(self, layer: nn.Module, x: mx.array, scope: Scope, memory: mx.array | None) -> mx.array:
-        """The layer's output, of which nothing but the inputs is kept for the gradients (Chen et al. 2016,
-        arXiv:1604.06174). All that gradients flow to must be an argument: what is merely captured would get none.
-        """
+        """The layer's output, of which nothing but the inputs is kept for the gradients, see `recomputed`."""
         shared = self.positions if self.spec.positions is not None else None
 
         prefix = None if scope.prefix is None else scope.prefix.arrays()
@@ -103,7 +102,7 @@ class Stack(nn.Module):
         key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32) if _drops(layer) else None
         common = {} if shared is None else shared.trainable_parameters()
         own = layer.trainable_parameters()
-        y = mx.checkpoint(run)(own, common, x, memory, prefix, key)
+        y = recomputed(run)(own, common, x, memory, prefix, key)
         # While its graph is made, the layer holds the arrays of that graph; outside it has its own.
         layer.update(own)
         if shared is not None:

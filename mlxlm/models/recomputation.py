@@ -1,0 +1,59 @@
+"""Activations that are computed again for the gradients instead of kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+Function = Callable[..., mx.array]
+
+
+def recomputed(function: Function) -> Function:
+    """`function` of trees of arrays (None for what is missing), of which nothing but the arguments is kept for the
+    gradients (Chen et al. 2016, arXiv:1604.06174). All that gradients flow to must be an argument.
+
+    Unlike `mx.checkpoint` it hands no gradient on before all of them are made. Otherwise those of weights, for which
+    nothing in the backward pass waits, are put off to its end, and what they need of every layer stays alive until
+    then: with low-rank adapters an array of the feed-forward's width for each layer.
+    """
+
+    def call(*arguments: Any) -> mx.array:
+        leaves = [(path, leaf) for path, leaf in tree_flatten(list(arguments)) if leaf is not None]
+        paths = [path for path, _ in leaves]
+        missing = [(path, None) for path, leaf in tree_flatten(list(arguments)) if leaf is None]
+
+        def flat(arrays: Sequence[mx.array]) -> mx.array:
+            tree = tree_unflatten([*zip(paths, arrays, strict=True), *missing])
+            filled = [tree[i] if i < len(tree) else {} for i in range(len(arguments))]
+            return function(*({} if a == {} else f for a, f in zip(arguments, filled, strict=True)))
+
+        @mx.custom_function
+        def run(*arrays: mx.array) -> mx.array:
+            return flat(arrays)
+
+        @run.vjp
+        def run_vjp(arrays: Any, cotangent: mx.array, _: mx.array) -> Any:
+            arrays = [arrays] if isinstance(arrays, mx.array) else list(arrays)
+            # Not before the gradient of the result is there.
+            arrays = mx.depends(arrays, [cotangent])
+            smooth = [i for i, array in enumerate(arrays) if mx.issubdtype(array.dtype, mx.floating)]
+
+            def of_smooth(*given: mx.array) -> mx.array:
+                whole = list(arrays)
+                for i, array in zip(smooth, given, strict=True):
+                    whole[i] = array
+                return flat(whole)
+
+            _, gradients = mx.vjp(of_smooth, [arrays[i] for i in smooth], [cotangent])
+            gradients = mx.depends(gradients, gradients)
+            all_of_them = [mx.zeros_like(array) for array in arrays]
+            for i, gradient in zip(smooth, gradients, strict=True):
+                all_of_them[i] = gradient
+            return all_of_them[0] if len(all_of_them) == 1 else tuple(all_of_them)
+
+        return run(*(leaf for _, leaf in leaves))
+
+    return call

@@ -34,6 +34,9 @@ def pretrain(
         str | None,
         typer.Option(help="check: refuse a run that can't fit (default); auto: choose settings that fit; off."),
     ] = None,
+    report_to: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="tensorboard or wandb; may be repeated.")
+    ] = None,
     mesh: opt.MeshFlag = None,
     zero: opt.Zero = 0,
     schedule: opt.Schedule = "1f1b",
@@ -48,6 +51,7 @@ def pretrain(
     """
     from mlxlm.errors import UsageError
     from mlxlm.training import Console, MetricsFile, recipe
+    from mlxlm.training.tracking import reporter
     from mlxlm.training.yaml_files import parse_override
 
     if config is None and not (resume and output):
@@ -64,12 +68,14 @@ def pretrain(
         "loss_chunk": loss_chunk,
         "training.seed": seed,
         "memory": memory,
+        "report_to": report_to or None,
     }
     changes = [parse_override(text) for text in set_ or ()]
     changes += [(name, value) for name, value in flags.items() if value is not None]
     with opt.joined(mesh, zero, schedule) as group:
         checked = recipe.check(recipe.override(values, changes)).fitted(joined=group)
-        reporters = [Console(), MetricsFile(checked.folder)] if group.first else []
+        outside = [reporter(name, checked.folder) for name in checked.values["report_to"]] if group.first else []
+        reporters = [Console(), MetricsFile(checked.folder), *outside] if group.first else []
         trainer = checked.trainer(reporters, resume=resume, joined=group)
         with checked.held() if group.alone else contextlib.nullcontext():
             result = trainer.run(resume=resume)

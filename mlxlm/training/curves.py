@@ -91,8 +91,13 @@ def plot_images(runs: Sequence[Run], folder: str | Path) -> list[Path]:
                     label = f"{run.name}: {CURVES[key]}" if len(keys) > 1 else run.name
                     steps, values = zip(*points, strict=True)
                     dashes = "--" if key == "valid_loss" else "-"
-                    marker = "o" if len(points) == 1 else None
-                    axes.plot(steps, values, dashes, color=f"C{number % 10}", label=label, marker=marker)
+                    marker = "o" if len(points) <= _MARKED else None
+                    axes.plot(steps, values, dashes, color=f"C{number % 10}", label=label, marker=marker, markersize=4)
+        axes.set_title(name.replace("_", " "))
+        if name == "throughput":
+            axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel("step")
         axes.set_ylabel("loss" if name == "loss" else CURVES[keys[0]])
         axes.grid(alpha=0.3)
@@ -103,4 +108,5 @@ def plot_images(runs: Sequence[Run], folder: str | Path) -> list[Path]:
     return files
 
 
+_MARKED = 30  # lines of at most so many points show each of them
 _IMAGES = {"loss": ("loss", "valid_loss"), "learning_rate": ("learning_rate",), "throughput": ("tokens_per_second",)}

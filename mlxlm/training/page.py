@@ -12,11 +12,13 @@ from mlxlm.training.curves import CURVES, Run
 
 # Colours that people with red-green blindness can tell apart (Okabe and Ito 2008).
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8a7a00")
-_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 640, 320, 70, 36, 14, 14
+_WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 640, 320, 70, 36, 14, 26
 _MAX_POINTS = 2000
+_MARKED = 30  # lines of at most so many points show each of them
 _STYLE = (
     "body{font:15px system-ui,sans-serif;margin:2em auto;max-width:1360px;padding:0 1em;color:#222}"
-    "figure{display:inline-block;margin:0 1em 1em 0}svg{max-width:100%;height:auto}"
+    "figure{display:inline-block;margin:1.5em 1em 0 0}figcaption{font-weight:600;margin-bottom:.4em}"
+    "svg{max-width:100%;height:auto}"
     "svg text{font:11px system-ui,sans-serif;fill:#444}"
     "table{border-collapse:collapse}th,td{padding:.3em .8em;text-align:right;border-bottom:1px solid #ddd}"
     "th:first-child,td:first-child{text-align:left}"
@@ -92,8 +94,11 @@ def chart(lines: Sequence[tuple[int, Sequence[tuple[int, float]]]]) -> str:
         parts.append(f'<text x="{x(step):.1f}" y="{_HEIGHT - 14}" text-anchor="middle">{_number(step, 6)}</text>')
     for number, points in lines:
         colour = _colour(number)
+        if len(points) <= _MARKED:
+            parts += [
+                f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="3" fill="{colour}"/>' for step, value in points
+            ]
         if len(points) == 1:
-            parts.append(f'<circle cx="{x(points[0][0]):.1f}" cy="{y(points[0][1]):.1f}" r="3" fill="{colour}"/>')
             continue
         stride = -(-len(points) // _MAX_POINTS)
         shown = [*points[:-1:stride], points[-1]]
@@ -115,8 +120,8 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _number(value: float, digits: int) -> str:
-    if value == int(value) and abs(value) < 10**12:
-        return f"{int(value):,}"
+    if abs(value) < 10**12 and (value == int(value) or abs(value) >= 10 ** (digits - 1)):
+        return f"{round(value):,}"
     return f"{value:.{digits}g}"
 
 

@@ -37,10 +37,11 @@ from mlxlm.training.initialisation import initialise
 from mlxlm.training.reporters import Reporter
 from mlxlm.training.settings import TrainSettings
 from mlxlm.training.tasks import WordLoss
+from mlxlm.training.tracking import REPORTERS
 from mlxlm.training.trainer import Trainer
 from mlxlm.training.yaml_files import of_type, read_yaml, unknown_keys
 
-SECTIONS = ("model", "tokenizer", "data", "objective", "training", "output", "memory", "loss_chunk")
+SECTIONS = ("model", "tokenizer", "data", "objective", "training", "output", "memory", "loss_chunk", "report_to")
 MEMORY = ("check", "auto", "off")
 _DATA = ("train", "valid", "valid_fraction", "max_length", "batch_size", "cache", "seed", "processes")
 # Arguments of objectives that come from the tokenizer, beside those that end in _id.
@@ -49,6 +50,7 @@ _FROM_TOKENIZER = ("sentinels", "words", "starts", "ends")
 _MAY_CHANGE = (
     "output",
     "memory",
+    "report_to",
     "data.cache",
     "data.processes",
     "training.steps",
@@ -261,6 +263,7 @@ def check(values: Mapping[str, Any]) -> Recipe:
             problems.append(f"{name} is {values[name]!r}; expected a path")
     values.setdefault("memory", "check")
     values.setdefault("loss_chunk", None)
+    _check_reporters(values, problems)
     values["memory"] = "off" if values["memory"] is False else values["memory"]  # YAML 1.1 reads off as false
     if values["memory"] not in MEMORY:
         problems.append(f"memory is {values['memory']!r}{nearest(str(values['memory']), MEMORY)}")
@@ -280,6 +283,15 @@ def check(values: Mapping[str, Any]) -> Recipe:
     assert settings is not None
     values["training"] = settings.to_json()
     return Recipe(values, model_values, config, settings)
+
+
+def _check_reporters(values: dict[str, Any], problems: list[str]) -> None:
+    given = values.get("report_to") or []
+    values["report_to"] = [given] if isinstance(given, str) else given
+    if not isinstance(values["report_to"], list):
+        problems.append(f"report_to is {given!r}; expected a list of {', '.join(REPORTERS)}")
+        return
+    problems += [f"report_to: unknown {one!r}{nearest(str(one), REPORTERS)}" for one in given if one not in REPORTERS]
 
 
 def _model(given: Any, problems: list[str]) -> tuple[dict[str, Any], TransformerConfig | None]:

@@ -184,11 +184,12 @@ def test_a_finished_run_is_not_overwritten_nor_continued_as_another(mlxlm_comman
         (["--set", "training.lerning_rate=1"], "did you mean 'learning_rate'"),
         (["--set", "model.vocab_size=20"], "set model.vocab_size to"),
         (["--set", "training.steps"], "NAME=VALUE"),
+        (["--report-to", "tensorbored"], "did you mean 'tensorboard'"),
         (["--memory", "sometimes"], "memory is 'sometimes'"),
         (["--set", "tokenizer=/nowhere/at/all"], "/nowhere/at/all"),
         (["--set", "data.train=/nowhere/at/all.txt"], "no such file"),
     ],
-    ids=["unknown-key", "vocabulary", "set", "memory", "tokenizer", "data"],
+    ids=["unknown-key", "vocabulary", "set", "report-to", "memory", "tokenizer", "data"],
 )
 def test_mistakes_are_one_line(mlxlm_command, corpus, tmp_path, more, text):
     status, _, err = mlxlm_command(*arguments(corpus, tmp_path / "run", "pretrain_gpt", 1, *more))
@@ -196,6 +197,15 @@ def test_mistakes_are_one_line(mlxlm_command, corpus, tmp_path, more, text):
     assert text in err
     assert err.count("\n") == 1
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_run_reports_to_tensorboard(mlxlm_command, corpus, tmp_path):
+    pytest.importorskip("tensorboardX", reason="needs tensorboardX")
+    status, _, err = mlxlm_command(*arguments(corpus, tmp_path, "pretrain_gpt", 2, "--report-to", "tensorboard"))
+    assert status == 0, err
+    assert recipe.read(tmp_path / "recipe.yaml")["report_to"] == ["tensorboard"]
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    assert b"train/loss" in file.read_bytes()
 
 
 def test_a_recipe_is_needed(mlxlm_command):

@@ -20,9 +20,10 @@ from mlxlm.training.tracking import reporter
 def runs(tmp_path):
     for name, start in (("first", 4.0), ("second & <last>", 3.0)):
         rows = [
-            {"step": s, "loss": start / s, "learning_rate": 0.1 / s, "tokens_per_second": 100.0 + s, "memory": 10**9}
+            {"step": s, "loss": start / s, "learning_rate": start / 40 / s, "tokens_per_second": 99 * start + s}
             for s in range(1, 50)
         ]
+        rows[-1]["memory"] = 10**9
         rows.append({"step": 49, "valid_loss": start / 40, "perplexity": 1.1})
         rows.append({"step": 50, "loss": None})
         (tmp_path / name).mkdir()
@@ -60,16 +61,28 @@ def test_ticks_are_round_and_cover_the_range(ends):
     assert ticks[-1] >= ends[1] - 1e-9
 
 
-def test_images_or_a_clear_word_about_what_they_need(runs, tmp_path):
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        with pytest.raises(UsageError, match=r"pip install .*plot"):
-            plot_images(read_runs(runs), tmp_path)
-        return
+def test_images_show_every_run_in_its_colour(runs, tmp_path):
+    matplotlib = pytest.importorskip("matplotlib", reason="PNG files need matplotlib: pip install mlxlm-kit[plot]")
+    from matplotlib.image import imread
+
     files = plot_images(read_runs(runs), tmp_path / "png")
     assert [file.name for file in files] == ["loss.png", "learning_rate.png", "throughput.png"]
-    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+    for file in files:
+        pixels = imread(file)[..., :3]
+        assert pixels.shape == (540, 960, 3)
+        for colour in ("C0", "C1"):
+            near = abs(pixels - matplotlib.colors.to_rgb(colour)).max(-1) < 0.02
+            # More than a legend's line: the curve reaches over most of the image's width.
+            assert near.any(0).sum() > 200, (file.name, colour)
+
+
+def test_images_without_matplotlib_are_refused_with_what_to_install(runs, tmp_path, monkeypatch):
+    import sys
+
+    for module in ("matplotlib.backends.backend_agg", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UsageError, match=r"pip install .*plot"):
+        plot_images(read_runs(runs), tmp_path)
 
 
 def test_runs_of_one_name_are_told_apart_and_folders_without_metrics_refused(runs, tmp_path):
@@ -82,6 +95,71 @@ def test_runs_of_one_name_are_told_apart_and_folders_without_metrics_refused(run
         read_runs([tmp_path / "nothing"])
     with pytest.raises(UsageError, match="given twice"):
         read_runs([runs[0], runs[0]])
+
+
+class Run:
+    """What a trainer shows of itself to reporters."""
+
+    config = {"model": "tiny"}  # noqa: RUF012
+
+    class settings:
+        """Of the run."""
+
+        @staticmethod
+        def to_json():
+            return {"steps": 2}
+
+
+def told(made):
+    """A reporter that has been told of a short run."""
+    made.on_start(Run())
+    for step in (1, 2):
+        made.on_metrics({"step": step, "loss": 4.0 / step, "tokens": 10 * step})
+    made.on_evaluation({"step": 2, "valid_loss": 2.5, "perplexity": 12.2})
+    made.on_end(Run())
+
+
+def test_tensorboard_files_hold_what_was_told(tmp_path):
+    """Read with the format's own protocol buffers: length, checksum, event, checksum."""
+    pytest.importorskip("tensorboardX", reason="the reporter 'tensorboard' needs tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    told(reporter("tensorboard", tmp_path))
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    content, found = file.read_bytes(), {}
+    while content:
+        size = int.from_bytes(content[:8], "little")
+        event = Event.FromString(content[12 : 12 + size])
+        found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+        content = content[16 + size :]
+    assert found == pytest.approx({
+        ("train/loss", 1): 4.0, ("train/tokens", 1): 10, ("train/loss", 2): 2.0, ("train/tokens", 2): 20,
+        ("valid/valid_loss", 2): 2.5, ("valid/perplexity", 2): 12.2,
+    })  # fmt: skip
+
+
+def test_wandb_is_told_the_same_offline(tmp_path, monkeypatch):
+    """A real run in offline mode; what was logged last is its summary."""
+    wandb = pytest.importorskip("wandb", reason="the reporter 'wandb' needs wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    made, kept = reporter("wandb", tmp_path), {}
+    end = made.on_end
+
+    def look(trainer):
+        made.on_metrics({"step": 3, "tokens": 30})  # a step is closed by the next one
+        kept.update(summary=dict(made._run.summary), config=dict(made._run.config), name=made._run.name)
+        end(trainer)
+
+    monkeypatch.setattr(made, "on_end", look)
+    told(made)
+    assert wandb.run is None
+    assert kept["name"] == tmp_path.name
+    assert kept["config"] == {"settings": {"steps": 2}, "model": "tiny"}
+    logged = {name: value for name, value in kept["summary"].items() if "/" in name}
+    assert logged == {"train/loss": 2.0, "train/tokens": 20, "valid/valid_loss": 2.5, "valid/perplexity": 12.2}
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

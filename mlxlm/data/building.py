@@ -74,6 +74,8 @@ def prepare(
     if weighted:
         return Mixture([train for train, _ in splits], [float(source.weight or 0) for source in parsed]), valid
     train = TokenStore.joined([side for side, _ in splits])
+    if not len(train) and not len(valid):
+        raise DataError("the data has no text: " + ", ".join(source.location for source in parsed))
     if not len(train):
         raise DataError(
             f"no document is left for training: the sources have {len(valid)}, all of them for validation; "

@@ -8,6 +8,7 @@ import hashlib
 import importlib
 import io
 import json
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def find_files(location: str) -> list[Path]:
         files = [Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()]
         problem = "no file fits the pattern"
     else:
-        beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        beside = [entry.name for entry in path.parent.iterdir() if entry.exists()] if path.parent.is_dir() else []
         close = nearest(path.name, beside)
         raise DataError(f"{location}: no such file or folder{close if close.startswith('; did') else ''}")
     if not files:
@@ -120,7 +121,7 @@ def _file_texts(source: Source, files: Iterable[Path]) -> Iterator[str]:
                     yield from _rows(path, file, source.field)
                 else:
                     yield _decode(file.read(), str(path))
-        except (OSError, EOFError, zlib.error) as error:
+        except (OSError, EOFError, zlib.error, *_zstd_errors()) as error:
             raise DataError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from None
 
 
@@ -132,7 +133,10 @@ def _decode(content: bytes, where: str) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 text (byte {error.start})") from None
+        raise DataError(
+            f"{where}: not UTF-8 text (byte {error.start}); convert it (iconv -t UTF-8), or leave it out with a "
+            "pattern such as folder/**/*.txt"
+        ) from None
 
 
 def _rows(path: Path, file: BinaryIO, field: str) -> Iterator[str]:
@@ -172,8 +176,48 @@ def _open_zstd(path: Path) -> BinaryIO:
             module = importlib.import_module(name)
         except ImportError:
             continue
-        return io.BufferedReader(module.open(path, "rb"))
+        return module.open(path, "rb") if name == "compression.zstd" else io.BufferedReader(_ZstdFile(module, path))
     raise DataError(f"{path}: reading .zst needs Python 3.14 or the package zstandard (pip install zstandard)")
+
+
+class _ZstdFile(io.RawIOBase):
+    """What is in a .zst file, frame after frame. Unlike zstandard's own reader it notices that a file was cut short."""
+
+    def __init__(self, module: Any, path: Path):
+        self._module, self._file = module, path.open("rb")
+        self._frame: Any = None
+        self._compressed, self._plain = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer as far as the next piece reaches. Raises EOFError at the end of a frame that has none."""
+        while not self._plain:
+            compressed = self._compressed or self._file.read(1 << 16)
+            if not compressed:
+                if self._frame is not None:
+                    raise EOFError("the compressed data was cut short")
+                return 0
+            self._frame = self._frame or self._module.ZstdDecompressor().decompressobj()
+            self._plain = memoryview(self._frame.decompress(compressed))
+            self._compressed = self._frame.unused_data if self._frame.eof else b""
+            self._frame = None if self._frame.eof else self._frame
+        count = min(len(buffer), len(self._plain))
+        buffer[:count] = self._plain[:count]
+        self._plain = self._plain[count:]
+        return count
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        super().close()
+
+
+def _zstd_errors() -> list[type[Exception]]:
+    """What the modules that are loaded raise for a file that is no zstd stream."""
+    return [getattr(sys.modules.get(name), "ZstdError", EOFError) for name in _ZSTD_MODULES]
 
 
 def _hub_dataset(source: Source) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib
 import json
 import sys
 import types
@@ -57,11 +56,9 @@ def test_zst_without_a_module_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_zst_is_read_with_the_module_there_is(tmp_path, monkeypatch):
-    # The module stands in for zstandard: what is tested is that its `open` gives the text.
-    monkeypatch.setitem(sys.modules, "compression.zstd", None)
-    monkeypatch.setitem(sys.modules, "zstandard", types.SimpleNamespace(open=gzip.open))
+    # The module stands in for Python 3.14's: what is tested is that its `open` gives the text.
+    monkeypatch.setitem(sys.modules, "compression.zstd", types.SimpleNamespace(open=gzip.open))
     (tmp_path / "a.txt.zst").write_bytes(gzip.compress(b"text"))
-    assert importlib.import_module("zstandard").open is gzip.open
     assert documents(tmp_path / "a.txt.zst") == ["text"]
 
 
@@ -122,3 +119,47 @@ def test_a_data_set_of_the_hub_is_read_through_its_library(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match="pip install datasets"):
         describe_files(source)
+
+
+def test_a_real_zst_file_is_read_and_a_false_one_named(tmp_path):
+    zstandard = pytest.importorskip("zstandard", reason="reading .zst needs zstandard before Python 3.14")
+    (tmp_path / "rows.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "one"}\n{"text": "two"}\n'))
+    assert documents(tmp_path / "rows.jsonl.zst") == ["one", "two"]
+    long = "".join(f"{number} " for number in range(100_000))
+    frames = [zstandard.compress(part.encode()) for part in (long[:1000], long[1000:])]
+    (tmp_path / "frames.txt.zst").write_bytes(b"".join(frames))
+    assert documents(tmp_path / "frames.txt.zst") == [long]
+    for content in (b"no zst at all", zstandard.compress(b"text " * 1000)[:20]):
+        (tmp_path / "bad.txt.zst").write_bytes(content)
+        with pytest.raises(DataError, match=r"bad\.txt\.zst can't be read"):
+            documents(tmp_path / "bad.txt.zst")
+
+
+def test_a_real_data_set_is_read(tmp_path, monkeypatch):
+    pytest.importorskip("datasets", reason="hf:NAME needs the package datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_text('{"text": "a row"}\n{"text": "another"}\n')
+    assert list(read_documents(Source(location=f"hf:{tmp_path / 'set'}"), [])) == ["a row", "another"]
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("café".encode("latin-1"), r"not UTF-8 text \(byte 3\); convert it"),
+        ("text".encode("utf-16"), r"not UTF-8 text \(byte 0\)"),
+        (bytes(range(256)), r"not UTF-8 text \(byte 128\)"),
+    ],
+    ids=["latin-1", "utf-16", "binary"],
+)
+def test_what_is_no_utf_8_is_named_with_what_to_do(content, text, tmp_path):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(DataError, match=text):
+        documents(tmp_path / "a.txt")
+
+
+def test_a_link_to_nothing_is_not_offered_as_itself(tmp_path):
+    (tmp_path / "link.txt").symlink_to("/nowhere/at/all")
+    (tmp_path / "line.txt").write_text("text")
+    with pytest.raises(DataError, match=r"link\.txt: no such file or folder; did you mean 'line\.txt'\?$"):
+        documents(tmp_path / "link.txt")

@@ -168,8 +168,11 @@ def test_sources_without_weights_are_one_store_and_with_weights_a_mixture(tmp_pa
 
 def test_no_documents_and_impossible_settings_are_refused(tmp_path, byte_tokenizer):
     (tmp_path / "empty.txt").write_text("\n \n")
-    with pytest.raises(DataError, match="no document is left for training"):
+    with pytest.raises(DataError, match=r"the data has no text: .*empty\.txt"):
         prepare(tmp_path / "empty.txt", byte_tokenizer, tmp_path / "cache")
+    (tmp_path / "one.txt").write_text("a single text")
+    with pytest.raises(DataError, match="no document is left for training: the sources have 1, all of them for valid"):
+        prepare(tmp_path / "one.txt", byte_tokenizer, tmp_path / "cache", valid_fraction=0.999999)
     with pytest.raises(UsageError, match="no data"):
         prepare([], byte_tokenizer, tmp_path / "cache")
     with pytest.raises(UsageError, match=r"valid_fraction 1\.0"):

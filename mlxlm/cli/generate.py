@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlxlm.cli import caching
+from mlxlm.cli import caching, forms
 from mlxlm.cli import options as opt
 from mlxlm.errors import PromptError, UsageError
 
@@ -32,6 +32,8 @@ def generate(
     seed: opt.Seed = None,
     stop: opt.Stop = None,
     extra_eos_token: opt.StopToken = None,
+    json_schema: forms.JsonSchema = None,
+    regex: forms.Regex = None,
     ignore_chat_template: Annotated[
         bool, typer.Option("--ignore-chat-template", help="Continue the prompt as it is, without the chat template.")
     ] = False,
@@ -86,6 +88,7 @@ def generate(
     guessing = any(flag is not None for flag in (draft_model, num_draft_tokens, prompt_lookup, early_exit))
     if beams is not None and (spec is not None or guessing or prompt_cache_file is not None):
         raise UsageError("a beam search goes with no option of caches or of guessing ahead")
+    schema = forms.read_schema(json_schema, regex, clash=beams is not None or guessing)
     variables = opt.parse_object("--chat-template-config", chat_template_config)
     if prompt_cache_file is not None and (spec or system_prompt is not None or variables or ignore_chat_template):
         raise UsageError("--prompt-cache-file says which cache, system prompt and template it was made with")
@@ -112,6 +115,7 @@ def generate(
             _print_beams(network, tokenizer, tokens, beams, max_tokens, stop_tokens)
             return
         options = {"stop": stop or (), "stop_tokens": stop_tokens, "sampling": sampling, "speculation": speculation}
+        options["constraint"] = forms.constraint(tokenizer, schema, regex)
         _print_answer(
             network, tokenizer, tokens, loaded if group.first else None, max_tokens=max_tokens, cache=cache, **options
         )

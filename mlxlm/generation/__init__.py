@@ -5,6 +5,7 @@ from mlxlm.generation.beam import Beams, Hypothesis, beam_search
 from mlxlm.generation.blanks import BLANKS, Filled, fill_blanks
 from mlxlm.generation.choice import Likelihood, likelihoods
 from mlxlm.generation.classification import Classified, classify, head_labels, label_logits, marked, tag
+from mlxlm.generation.constraint import Constraint, grammar, json_schema, regex
 from mlxlm.generation.conversation import Conversation
 from mlxlm.generation.decoding import Piece, batch_generate, generate, stream_generate
 from mlxlm.generation.embedding import POOLINGS, embed
@@ -13,6 +14,7 @@ from mlxlm.generation.evaluation import EvaluationSettings, RowScores, as_predic
 from mlxlm.generation.fill_mask import Candidate, fill_mask
 from mlxlm.generation.harness import Requests, harness_model, run_harness
 from mlxlm.generation.label_scores import ClassScores, LabelScores, entities, score_labels
+from mlxlm.generation.penalties import CountPenalties
 from mlxlm.generation.perplexity import TextScores, perplexity
 from mlxlm.generation.plan import GenerationPlan, plan_generation
 from mlxlm.generation.prompt_cache import PromptCache, load_prompt_cache, make_prompt_cache, save_prompt_cache
@@ -29,7 +31,9 @@ __all__ = [
     "ClassScores",
     "Classified",
     "Completion",
+    "Constraint",
     "Conversation",
+    "CountPenalties",
     "Engine",
     "EngineBusyError",
     "EngineStatistics",
@@ -62,8 +66,10 @@ __all__ = [
     "fill_mask",
     "generate",
     "generate_tokens",
+    "grammar",
     "harness_model",
     "head_labels",
+    "json_schema",
     "label_logits",
     "likelihoods",
     "load_prompt_cache",
@@ -71,6 +77,7 @@ __all__ = [
     "marked",
     "perplexity",
     "plan_generation",
+    "regex",
     "run_harness",
     "save_prompt_cache",
     "score_examples",

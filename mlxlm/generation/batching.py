@@ -107,6 +107,8 @@ def run(scheduler: Scheduler, requests: Sequence[Request], samples: int = 1) -> 
                 row.request = replace(row.request, sampling=counted(row.request.sampling, number))
     while scheduler.busy:
         for row, choice in scheduler.step():
+            if row.error is not None:
+                raise row.error
             made[row.owner].append(choice)
     return [Completion.of(choices) for choices in made]
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlxlm.errors import PromptError, UsageError, nearest
 from mlxlm.generation.batching import counted, run
-from mlxlm.generation.requests import Likelihoods, Request, TokenChoice
+from mlxlm.generation.requests import Likelihoods, Processor, Request, TokenChoice, added
 from mlxlm.generation.sampler import Sampler
 from mlxlm.generation.sampling import Sampling, chosen
 from mlxlm.generation.scheduler import Scheduler
@@ -24,6 +24,7 @@ from mlxlm.generation.stopping import StopStrings
 from mlxlm.layers import Cache
 
 if TYPE_CHECKING:
+    from mlxlm.generation.constraint import Constraint
     from mlxlm.models import Transformer
     from mlxlm.tokenizers import Tokenizer
 
@@ -112,6 +113,8 @@ def stream_generate(
     cache: Cache | None = None,
     speculation: Speculation | None = None,
     likelihoods: int | None = None,
+    constraint: Constraint | None = None,
+    processors: Sequence[Processor] = (),
     sampling: Sampling | None = None,
     **options: Any,
 ) -> Iterator[Piece]:
@@ -123,6 +126,8 @@ def stream_generate(
     holds them and the answer afterwards, but for its last token when max_tokens ended it; only for models without an
     encoder.  speculation: guess tokens ahead, see `Speculation`; the answer is distributed as without.
     likelihoods: 0 to get the log probability of each token, n for those of the n likeliest too, default neither.
+    constraint: what the answer must look like, see `json_schema` and `regex`.  processors: further changes to the
+    logits, see `Processor`; new ones for each answer. Neither goes with speculation.
     sampling: see `Sampling`; or its fields as keywords (temperature=0.7 ...). A repetition penalty counts
     what the decoder reads: prompt and answer, or with an encoder-decoder the answer alone.
 
@@ -139,8 +144,12 @@ def stream_generate(
     cache = _cache(model, tokens, cache)
     sampler = make_sampler(model, tokenizer, tokens, sampling)
     limit = room(model, tokens, max_tokens)
+    if constraint is not None:
+        processors = (*processors, constraint.processor(sampler.vocab_size))
+    if speculation is not None and processors:
+        raise UsageError("speculation guesses tokens ahead, so it goes with no constraint and no processors")
     if speculation is None:
-        choices = decode(model, tokens, cache, sampler, limit, likelihoods)
+        choices = decode(model, tokens, cache, sampler, limit, likelihoods, processors)
     else:
         choices = speculative_decode(model, tokens, cache, sampler, limit, speculation, likelihoods)
     return _pieces(tokenizer, tokens, cache.length, choices, stops, set(tokenizer.stop_ids) | set(stop_tokens), limit)
@@ -226,15 +235,18 @@ def decode(
     sampler: Sampler,
     max_tokens: int,
     likelihoods: int | None = None,
+    processors: Sequence[Processor] = (),
 ) -> Iterator[TokenChoice]:
     """Up to max_tokens tokens that follow (or answer) `tokens`, of which the cache may hold the beginning.
 
-    The next step is launched before a token is read, so that the device never waits for Python. The cache holds the
-    prompt and the tokens that were yielded, but for the last of max_tokens.
+    The next step is launched before a token is read, so that the device never waits for Python; unless there are
+    processors, which must see a token before the next one is chosen. The cache holds the prompt and the tokens that
+    were yielded, but for the last of max_tokens.
     """
+    answer: list[int] = []
 
     def choose(logits: mx.array) -> tuple[mx.array, Likelihoods | None]:
-        token = sampler(logits)
+        token = sampler(logits, added(processors, answer, sampler.vocab_size))
         known = None if likelihoods is None else Likelihoods.of(logits, token, sampler.vocab_size, likelihoods)
         mx.async_eval(token, *(known.arrays() if known else ()))
         return token, known
@@ -243,7 +255,7 @@ def decode(
     if not model.config.has_memory:
         cache.bound(len(tokens) + max_tokens)
     # Whoever stops early finds no token in the cache that was not yielded, so those ahead must be forgotten.
-    ahead = 1 if model.config.has_memory else min(steps.stepping.ahead, cache.takes_back + 1)
+    ahead = 0 if processors else 1 if model.config.has_memory else min(steps.stepping.ahead, cache.takes_back + 1)
     launched = deque([choose(steps.start([tokens]))])
     left, yielded = max_tokens - 1, 0
     try:
@@ -254,7 +266,12 @@ def decode(
             yielded += 1
             token, known = launched.popleft()
             score, likeliest = (None, ()) if known is None else known.read()[0]
-            yield TokenChoice(chosen(int(token.item())), score, likeliest)
+            number = chosen(int(token.item()))
+            answer.append(number)
+            yield TokenChoice(number, score, likeliest)
+            if processors and left:
+                launched.append(choose(steps.step(token)))
+                left -= 1
     finally:
         if len(launched) > 1 and not model.config.has_memory:
             cache.trim(len(tokens) + yielded)
@@ -273,6 +290,7 @@ def batch_generate(
     max_tokens: int = 100,
     stop_tokens: Iterable[int] = (),
     batch_size: int = 16,
+    constraint: Constraint | None = None,
     sampling: Sampling | None = None,
     **options: Any,
 ) -> list[str]:
@@ -298,11 +316,19 @@ def batch_generate(
     own = [counted(sampling, number) for number in range(len(rows))]
     if not model.config.has_memory:
         requests = [
-            Request(tokens=tuple(row), max_tokens=max_tokens, stop_tokens=stops, sampling=one)
+            Request(
+                tokens=tuple(row),
+                max_tokens=max_tokens,
+                stop_tokens=stops,
+                sampling=one,
+                processors=() if constraint is None else (constraint.processor(words),),
+            )
             for row, one in zip(rows, own, strict=True)
         ]
         found = run(Scheduler(model, words, max_rows=batch_size), requests)
         return [tokenizer.decode(one.answer) for one in found]
+    if constraint is not None:
+        raise UsageError("an encoder-decoder model takes no constraint for a batch; use generate, one prompt at a time")
     limits = [room(model, row, max_tokens) for row in rows]
     answers: list[list[int]] = [[] for _ in rows]
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))

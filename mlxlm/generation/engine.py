@@ -291,13 +291,15 @@ class Engine:
                 row.owner._finish(error)
             return
         for row, choice in made:
-            row.owner._give(choice)
+            if row.error is None:
+                row.owner._give(choice)
         ended = [row for row, choice in made if choice.finish_reason is not None]
         with self._changed:
             self._counts["generated_tokens"] += len(made)
             self._counts["requests"] += len(ended)
+            self._counts["failed"] += sum(row.error is not None for row in ended)
             self._counts["prompt_tokens"] += sum(len(row.request.tokens) for row in ended)
             for row in ended:
                 self._rows.pop(row.owner, None)
         for row in ended:
-            row.owner._finish()
+            row.owner._finish(row.error)

@@ -28,6 +28,17 @@ class Processor(Protocol):
         ...
 
 
+def added(processors: Sequence[Processor], answer: Sequence[int], words: int) -> mx.array | None:
+    """What all processors add to the logits of `words` words, (words,); None for nothing."""
+    total: mx.array | None = None
+    for processor in processors:
+        given = processor(answer)
+        if given is not None:
+            given = given[:words]
+            total = given if total is None else total + given
+    return total
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One prompt and how to answer it.

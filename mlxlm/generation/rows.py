@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlxlm.generation.requests import Likelihoods, Request, TokenChoice
+from mlxlm.errors import MlxlmError
+from mlxlm.generation.requests import Likelihoods, Request, TokenChoice, added
 from mlxlm.generation.sampler import Sampler
 from mlxlm.generation.sampling import chosen
 from mlxlm.generation.stepping import Stepping, make_step
@@ -24,7 +25,7 @@ class Row:
 
     request: what was asked for.  owner: whatever the caller tells rows apart by.  answer: tokens that were read.
     launched: how many were chosen on the device, at least as many.  limit: most tokens of the answer, default what the
-    request says.
+    request says.  error: what one of its processors raised, which ends this answer and no other.
     """
 
     request: Request
@@ -32,6 +33,7 @@ class Row:
     limit: int = 0
     answer: list[int] = field(default_factory=list)
     launched: int = 0
+    error: MlxlmError | None = None
 
     def __post_init__(self) -> None:
         self.limit = self.limit or self.request.max_tokens
@@ -98,6 +100,8 @@ class Rows:
     def step(self) -> list[tuple[Row, TokenChoice]]:
         """One step: launches the next tokens, then reads those launched before. Rows that are done leave.
 
+        The last token of a row with an `error` means nothing; its finish_reason is "cancelled".
+
         Raises WeightsError when the model's logits are not numbers.
         """
         if not self.rows:
@@ -135,20 +139,21 @@ class Rows:
     def _choose(
         self, rows: Sequence[Row], sampler: Sampler, logits: mx.array, likelihoods: int
     ) -> tuple[mx.array, Likelihoods | None]:
-        added = None
+        changes = None
         if any(row.request.processors for row in rows):
-            added = mx.stack([self._added(row) for row in rows])
-        tokens = sampler(logits, added)
+            changes = mx.stack([self._added(row) for row in rows])
+        tokens = sampler(logits, changes)
         if all(row.request.likelihoods is None for row in rows):
             return tokens, None
         return tokens, Likelihoods.of(logits, tokens, self.words, likelihoods)
 
     def _added(self, row: Row) -> mx.array:
-        total = mx.zeros((self.words,))
-        for processor in row.request.processors:
-            given = processor(row.answer)
-            total = total if given is None else total + given
-        return total
+        total = None
+        try:
+            total = added(row.request.processors, row.answer, self.words)
+        except MlxlmError as error:
+            row.error = error
+        return mx.zeros((self.words,)) if total is None else total
 
     def _read(self, tokens: mx.array, known: Likelihoods | None) -> list[tuple[Row, TokenChoice]]:
         scores = known.read() if known is not None else [(None, ())] * len(self.rows)
@@ -157,7 +162,9 @@ class Rows:
             request = row.request
             row.answer.append(chosen(token))
             reason = None
-            if token in request.stop_tokens:
+            if row.error is not None:
+                reason = "cancelled"
+            elif token in request.stop_tokens:
                 reason = "stop"
             elif len(row.answer) >= row.limit:
                 reason = "length"

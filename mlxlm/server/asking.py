@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mlxlm.errors import MlxlmError
-from mlxlm.generation import Processor, Request, Sampling
+from mlxlm.generation import Constraint, CountPenalties, Processor, Request, Sampling
 from mlxlm.generation.batching import counted
 from mlxlm.server import fields as f
 from mlxlm.server.fields import Fields
@@ -26,7 +26,7 @@ class Options:
     """How a request wants to be answered.
 
     max_tokens: of an answer.  copies: answers to each prompt.  stop: strings.  likelihoods: as in `Request`.
-    stream: piece by piece.  usage: with a last chunk that counts tokens.
+    penalties: frequency and presence.  stream: piece by piece.  usage: with a last chunk that counts tokens.
     """
 
     max_tokens: int
@@ -35,6 +35,7 @@ class Options:
     sampling: Sampling
     stream: bool
     usage: bool
+    penalties: tuple[float, float] = (0.0, 0.0)
     likelihoods: int | None = None
 
 
@@ -42,13 +43,14 @@ class Options:
 class Asked:
     """What the engine is to answer: prompts of token ids and how.
 
-    processors: makes those of one answer.
+    words: to choose from.  constraint: of the answers.
     """
 
     prompts: tuple[tuple[int, ...], ...]
     options: Options
     stop_tokens: frozenset[int]
-    processors: Callable[[], tuple[Processor, ...]] = tuple
+    words: int
+    constraint: Constraint | None = None
 
     def requests(self) -> list[Request]:
         """One an answer: those to the first prompt, then those to the next."""
@@ -63,10 +65,20 @@ class Asked:
                         stop_tokens=self.stop_tokens,
                         sampling=sampling,
                         likelihoods=options.likelihoods,
-                        processors=self.processors(),
+                        processors=self._processors(),
                     )
                 )
         return found
+
+    def _processors(self) -> tuple[Processor, ...]:
+        """New ones for one answer."""
+        found: list[Processor] = []
+        frequency, presence = self.options.penalties
+        if frequency or presence:
+            found.append(CountPenalties(self.words, frequency=frequency, presence=presence))
+        if self.constraint is not None:
+            found.append(self.constraint.processor(self.words))
+        return tuple(found)
 
 
 def read_options(fields: Fields, settings: ServerSettings, default_tokens: int) -> Options:
@@ -93,6 +105,10 @@ def read_options(fields: Fields, settings: ServerSettings, default_tokens: int) 
         copies=fields.take("n", f.whole(1, settings.choices), 1),
         stop=_read_stop(fields),
         sampling=_read_sampling(fields),
+        penalties=(
+            fields.take("frequency_penalty", f.number(-2, 2), 0.0),
+            fields.take("presence_penalty", f.number(-2, 2), 0.0),
+        ),
         stream=streams,
         usage=usage,
     )
@@ -129,10 +145,6 @@ def _read_bias(name: str, value: Any) -> dict[int, float]:
 
 def _read_sampling(fields: Fields) -> Sampling:
     """The sampling: the protocol's fields, and as further ones top_k, min_p and repetition_penalty."""
-    penalty = f.number(-2, 2)
-    for name in ("frequency_penalty", "presence_penalty"):
-        if fields.take(name, penalty, 0.0) != 0:
-            raise Problem(400, f"{name} is not supported by this server", param=name, code="unsupported_field")
     try:
         return Sampling(
             temperature=fields.take("temperature", f.number(0, 2), 1.0),

@@ -23,8 +23,12 @@ from mlxlm.tokenizers import Tokenizer
 _RESERVED = ("messages", "tools", "add_generation_prompt", "chat_template", "tokenize")
 
 
-def read_chat(body: Any, tokenizer: Tokenizer, settings: ServerSettings) -> tuple[Asked, ToolDialect | None]:
+def read_chat(
+    body: Any, tokenizer: Tokenizer, settings: ServerSettings, words: int
+) -> tuple[Asked, ToolDialect | None]:
     """What a request asks for, and how the model writes the tool calls that it may make.
+
+    words: to choose from.
 
     Raises Problem for a request that can't be answered as it is.
     """
@@ -44,14 +48,14 @@ def read_chat(body: Any, tokenizer: Tokenizer, settings: ServerSettings) -> tupl
         raise Problem(400, "response_format does not go with a tool call that is required", param="response_format")
     dialect = dialect_of(tokenizer) if tools.schemas else None
     if dialect is not None and tools.required:
-        processors = dialect.constraint(tokenizer, tools)
+        made = dialect.constraint(tokenizer, tools)
     else:
-        processors = constraint(tokenizer, form)
+        made = constraint(tokenizer, form)
     options = replace(options, likelihoods=(top or 0) if logprobs else None)
     tokens = tuple(_encode(tokenizer, messages, tools, variables))
     check_prompts([tokens], options.copies, settings)
-    asked = Asked(prompts=(tokens,), options=options, stop_tokens=tokenizer.stop_ids, processors=processors)
-    return asked, dialect
+    stops = tokenizer.stop_ids
+    return Asked(prompts=(tokens,), options=options, stop_tokens=stops, words=words, constraint=made), dialect
 
 
 def _encode(tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: Tools, variables: dict[str, Any]) -> list[int]:

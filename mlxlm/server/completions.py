@@ -19,19 +19,19 @@ from mlxlm.tokenizers import Tokenizer
 _DEFAULT_TOKENS = 16
 
 
-def read_completion(body: Any, tokenizer: Tokenizer, settings: ServerSettings) -> Asked:
-    """What a request asks for. Raises Problem for one that can't be answered as it is."""
+def read_completion(body: Any, tokenizer: Tokenizer, settings: ServerSettings, words: int) -> Asked:
+    """What a request asks for.  words: to choose from. Raises Problem for one that can't be answered as it is."""
     fields = Fields(body)
     fields.take("model", f.text)
     prompts = fields.need("prompt", _read_prompts)
     options = read_options(fields, settings, _DEFAULT_TOKENS)
     options = replace(options, likelihoods=fields.take("logprobs", f.whole(0, 5)))
     fields.take("best_of", f.one_of(options.copies))
-    processors = constraint(tokenizer, fields.take("response_format", f.mapping))
+    form = constraint(tokenizer, fields.take("response_format", f.mapping))
     fields.done(REFUSED)
     tokens = tuple(tuple(tokenizer.encode(one) if isinstance(one, str) else one) for one in prompts)
     check_prompts(tokens, options.copies, settings)
-    return Asked(prompts=tokens, options=options, stop_tokens=tokenizer.stop_ids, processors=processors)
+    return Asked(prompts=tokens, options=options, stop_tokens=tokenizer.stop_ids, words=words, constraint=form)
 
 
 def _read_prompts(name: str, value: Any) -> list[Any]:

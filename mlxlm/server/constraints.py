@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from mlxlm.generation import Processor
+from mlxlm.generation import Constraint, json_schema, regex
 from mlxlm.server import fields as f
 from mlxlm.server.fields import Fields
-from mlxlm.server.problems import Problem
 from mlxlm.tokenizers import Tokenizer
 
 
-def constraint(tokenizer: Tokenizer, form: Mapping[str, Any] | None) -> Callable[[], tuple[Processor, ...]]:
-    """What makes the processors of one answer of that form."""
+def constraint(tokenizer: Tokenizer, form: Mapping[str, Any] | None) -> Constraint | None:
+    """What answers of that form must look like: text, json_object, json_schema, or (ours) regex.
+
+    Raises UsageError for a schema that can't be kept to.
+    """
     if form is None:
-        return tuple
+        return None
     fields = Fields(form, "response_format")
-    if fields.need("type", f.one_of("text", "json_object", "json_schema")) != "text":
-        raise Problem(400, "this server does not constrain answers", param="response_format", code="unsupported_field")
+    kind = fields.need("type", f.one_of("text", "json_object", "json_schema", "regex"))
+    made: Constraint | None = None
+    if kind == "json_object":
+        made = json_schema(tokenizer, {"type": "object"})
+    elif kind == "regex":
+        made = regex(tokenizer, fields.need("pattern", f.text))
+    elif kind == "json_schema":
+        inner = Fields(fields.need("json_schema", f.mapping), "response_format.json_schema")
+        for name in ("name", "description"):
+            inner.take(name, f.text)
+        # Answers are held to the schema in any case.
+        inner.take("strict", f.flag)
+        made = json_schema(tokenizer, inner.take("schema", f.mapping, {}))
+        inner.done()
     fields.done()
-    return tuple
+    return made

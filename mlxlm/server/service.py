@@ -50,6 +50,8 @@ class Service:
         self.metrics = Metrics()
         self.created = int(time.time())
         self.stopping = False
+        # Some heads have more rows than the tokenizer has words.
+        self.words = min(tokenizer.vocab_size, model.config.embeddings.vocab_size)
         self.engine: Engine | None = None
         self._why = ""
         self._embedding = 0
@@ -63,8 +65,7 @@ class Service:
             mx.eval(model.parameters())
             self._worker = ThreadPoolExecutor(1, "mlxlm-embedding")
         else:
-            words = min(tokenizer.vocab_size, model.config.embeddings.vocab_size)
-            self.engine = Engine(model, words, max_rows=settings.max_rows, max_waiting=settings.max_waiting)
+            self.engine = Engine(model, self.words, max_rows=settings.max_rows, max_waiting=settings.max_waiting)
 
     def close(self, timeout: float = 10.0) -> None:
         """Cancel what is being made and end the engine."""
@@ -91,7 +92,7 @@ class Service:
         """POST /v1/completions."""
         began = time.monotonic()
         body = await self._body(request, "completions")
-        asked = await self._read(lambda: read_completion(body, self.tokenizer, self.settings))
+        asked = await self._read(lambda: read_completion(body, self.tokenizer, self.settings, self.words))
         form = CompletionForm(asked, self.tokenizer)
         return await self._answer(request, form, asked, frozenset(), began)
 
@@ -99,7 +100,7 @@ class Service:
         """POST /v1/chat/completions."""
         began = time.monotonic()
         body = await self._body(request, "chat completions")
-        asked, dialect = await self._read(lambda: read_chat(body, self.tokenizer, self.settings))
+        asked, dialect = await self._read(lambda: read_chat(body, self.tokenizer, self.settings, self.words))
         form = ChatForm(asked, self.tokenizer, dialect)
         return await self._answer(request, form, asked, shown(self.tokenizer, dialect), began)
 
@@ -152,7 +153,7 @@ class Service:
         answers = Answers(
             self.engine,
             self.tokenizer,
-            asked.requests(),
+            await self._read(asked.requests),
             stop=options.stop,
             deadline=began + settings.timeout,
             shown=special,

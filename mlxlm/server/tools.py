@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mlxlm.generation import Processor
+from mlxlm.generation import Constraint, grammar
+from mlxlm.generation.constraint import json_part
 from mlxlm.generation.stopping import StopStrings
 from mlxlm.server import fields as f
 from mlxlm.server.fields import Fields
@@ -86,9 +86,29 @@ class ToolDialect:
     arguments: str = "arguments"
     listed: bool = False
 
-    def constraint(self, tokenizer: Tokenizer, tools: Tools) -> Callable[[], tuple[Processor, ...]]:
-        """What makes the processors of an answer that is one call."""
-        raise Problem(400, "this server can't require a tool call", param="tool_choice", code="unsupported_field")
+    def constraint(self, tokenizer: Tokenizer, tools: Tools) -> Constraint:
+        """What an answer that is one call looks like."""
+        calls = [
+            {
+                "type": "object",
+                "properties": {"name": {"const": one["name"]}, self.arguments: one["parameters"]},
+                "required": ["name", self.arguments],
+                "additionalProperties": False,
+            }
+            for one in (schema["function"] for schema in tools.schemas)
+        ]
+        begin, end = (_mark(tokenizer, mark) for mark in (self.begin, self.end))
+        around = ('"[" call "]"' if self.listed else "call").join([begin, end])
+        part = json_part(calls[0] if len(calls) == 1 else {"anyOf": calls})
+        return grammar(tokenizer, f"start: answer\nanswer: {around}\ncall: {part}", "schema of a tool")
+
+
+def _mark(tokenizer: Tokenizer, mark: str) -> str:
+    """A mark in a grammar: its token where that is special, else its text."""
+    if not mark:
+        return " "
+    id = tokenizer.token_id(mark)
+    return f" <[{id}]> " if id is not None and id in tokenizer.special_ids else f" {json.dumps(mark)} "
 
 
 def dialect_of(tokenizer: Tokenizer) -> ToolDialect:

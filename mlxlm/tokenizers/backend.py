@@ -36,6 +36,13 @@ class Backend(Protocol):
 
     def token_id(self, token: str) -> int | None: ...
 
+    def spell(self, token_id: int) -> bytes | None:
+        """The bytes that an id adds to a text, None for one that the vocabulary does not use.
+
+        Raises TokenizerError when that depends on the ids around it.
+        """
+        ...
+
     def stream(self) -> TextStream:
         """A fresh converter of ids to text, for one text."""
         ...

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 REPLACEMENT = "\ufffd"
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 # What transformers' clean_up_tokenization_spaces rewrites, in this order.
 _CLEAN_UP = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
@@ -69,7 +69,7 @@ def _byte_alphabet() -> dict[int, str]:
 
 
 BYTE_TO_CHARACTER = _byte_alphabet()
-_CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.items()}
+CHARACTER_TO_BYTE = {character: byte for byte, character in BYTE_TO_CHARACTER.items()}
 
 
 def spell_bytes(text: str) -> str:
@@ -107,7 +107,7 @@ class _Bytes:
 
     def add(self, token: str) -> Iterable[str]:
         try:
-            raw = bytes([_CHARACTER_TO_BYTE[character] for character in token])
+            raw = bytes([CHARACTER_TO_BYTE[character] for character in token])
         except KeyError:  # a token outside the alphabet stands for itself
             raw = token.encode("utf-8", "replace")
         return (self._decoder.decode(raw),)
@@ -123,7 +123,7 @@ class _ByteFallback:
         self._run = bytearray()
 
     def add(self, token: str) -> Iterable[str]:
-        match = _BYTE_TOKEN.fullmatch(token)
+        match = BYTE_TOKEN.fullmatch(token)
         if match:
             self._run.append(int(match.group(1), 16))
             return ()
@@ -253,7 +253,7 @@ def compile_stages(spec: dict[str, Any] | None, clean_up: bool = False) -> Calla
     """
     makers: list[Callable[[], Stage]] = []
     fused = False
-    for part in _flatten(spec):
+    for part in flatten(spec):
         kind = part.get("type")
         if kind == "Fuse":
             fused = True
@@ -276,11 +276,12 @@ def _cleaner(pattern: str) -> Callable[[], Stage]:
     return lambda: _ReplaceText(pattern, pattern.strip())
 
 
-def _flatten(spec: dict[str, Any] | None) -> list[dict[str, Any]]:
+def flatten(spec: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The decoders of a decoder, in order."""
     if spec is None:
         return []
     if spec.get("type") == "Sequence":
-        return [part for inner in spec["decoders"] for part in _flatten(inner)]
+        return [part for inner in spec["decoders"] for part in flatten(inner)]
     return [spec]
 
 

@@ -213,6 +213,12 @@ class SentencePieceBackend:
         piece = self._processor.IdToPiece(id)
         return int(piece[3:5], 16) if self._processor.IsByte(id) else piece
 
+    def spell(self, token_id: int) -> bytes | None:
+        piece = self.piece(token_id)
+        if piece is None or isinstance(piece, int):
+            return None if piece is None else bytes([piece])
+        return (piece if token_id in self._added_texts else piece.replace(SPACE, " ")).encode("utf-8", "replace")
+
     def stream(self) -> TextStream:
         strips = (self._has_prefix or self._one_space) and self._prefix_space != "never"
         return _PieceStream(self, strips, self._one_space, frozenset(self._added_texts))

@@ -129,6 +129,14 @@ class Tokenizer:
         """The id of a token as the vocabulary spells it; None when it has no such token."""
         return self._backend.token_id(token)
 
+    def spell(self, id: int) -> bytes:
+        """The bytes that an id adds to a text; of ids that the vocabulary does not use, none.
+
+        A text is these bytes one after another; `decode` may take a space off its beginning.
+        Raises TokenizerError when the vocabulary writes a token differently beside others.
+        """
+        return self._backend.spell(_check_id(id)) or b""
+
     def render_chat(
         self,
         messages: Sequence[Message],

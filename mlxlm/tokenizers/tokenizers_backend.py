@@ -15,6 +15,7 @@ from tokenizers import processors
 from mlxlm.errors import TokenizerError
 from mlxlm.tokenizers.detokenizer import Stage, TextStream, compile_stages, drain, push, spell_bytes
 from mlxlm.tokenizers.special_tokens import AddedToken
+from mlxlm.tokenizers.spelling import make_speller
 
 
 class TokenizersBackend:
@@ -34,6 +35,8 @@ class TokenizersBackend:
         spec = None if decoder is None else json.loads(decoder.__getstate__())
         clean_up = clean_up and not isinstance(library.model, tokenizers.models.BPE)
         self._stages = compile_stages(spec, clean_up)
+        self._literal: dict[int, tokenizers.AddedToken] | None = None
+        self._speller = make_speller(spec, clean_up)
 
     @classmethod
     def read(cls, path: Path, *, clean_up: bool = False) -> TokenizersBackend:
@@ -70,6 +73,7 @@ class TokenizersBackend:
                 )
         self.__dict__.pop("size", None)
         self.__dict__.pop("_spelled", None)
+        self._literal = None
 
     def _add(self, token: AddedToken) -> None:
         flags = {name: value for name, value in asdict(token).items() if name not in ("content", "id")}
@@ -103,6 +107,16 @@ class TokenizersBackend:
 
     def token_id(self, token: str) -> int | None:
         return self._library.token_to_id(token)
+
+    def spell(self, token_id: int) -> bytes | None:
+        if self._speller is None:
+            raise TokenizerError("the tokens of this vocabulary depend on their neighbours, so none has a text alone")
+        added = self._library.get_added_tokens_decoder() if self._literal is None else self._literal
+        self._literal = added
+        if token_id in added:
+            return added[token_id].content.encode("utf-8", "replace")
+        token = self._library.id_to_token(token_id)
+        return None if token is None else self._speller(token)
 
     @cached_property
     def _spelled(self) -> dict[int, str]:

@@ -52,3 +52,14 @@ def client(service):
     """An HTTP client of `service`."""
     with httpx.Client(base_url=service.url, timeout=30) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def writer(tmp_path_factory):
+    """The shipped model, which can write JSON, with a chat template; served."""
+    directory = tmp_path_factory.mktemp("served") / "writer"
+    shutil.copytree(MODELS.parent.parent.parent / "mlxlm" / "shipped" / "python-stdlib", directory)
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": TOOL_TEMPLATE}))
+    with served(*mlxlm.load(directory)) as running:
+        yield running

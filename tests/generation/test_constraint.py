@@ -43,6 +43,7 @@ SCHEMA = {
     "required": ["name", "kind", "sizes", "on"],
     "additionalProperties": False,
 }
+SMALL = {"type": "object", "properties": {"n": {"enum": [1, 22]}}, "required": ["n"], "additionalProperties": False}
 
 
 @pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS)
@@ -139,18 +140,18 @@ def test_greedy_answers_that_fit_anyway_are_the_same(shipped):
 
 def test_a_model_keeps_to_a_form_alone_in_a_batch_and_in_the_engine(shipped):
     model, tokenizer = shipped
-    form = json_schema(tokenizer, SCHEMA)
+    form = json_schema(tokenizer, SMALL)
     prompts = ["x = ", "import json\nprint("]
-    alone = [generate(model, tokenizer, prompt, max_tokens=90, constraint=form) for prompt in prompts]
+    alone = [generate(model, tokenizer, prompt, max_tokens=40, constraint=form) for prompt in prompts]
     for text in alone:
-        fits(text)
-    assert batch_generate(model, tokenizer, prompts, max_tokens=90, constraint=form) == alone
+        assert json.loads(text)["n"] in (1, 22)
+    assert batch_generate(model, tokenizer, prompts, max_tokens=40, constraint=form) == alone
     words = tokenizer.vocab_size
     with Engine(model, words, max_rows=3) as engine:
         requests = [
             Request(
                 tokens=tuple(tokenizer.encode(prompt)),
-                max_tokens=90,
+                max_tokens=40,
                 stop_tokens=tokenizer.stop_ids,
                 processors=(form.processor(words),) if bound else (),
             )
@@ -158,7 +159,7 @@ def test_a_model_keeps_to_a_form_alone_in_a_batch_and_in_the_engine(shipped):
         ]
         results = [tokenizer.decode(handle.result(60).answer) for handle in map(engine.submit, requests)]
     assert [results[0], results[2]] == alone
-    assert results[1] == generate(model, tokenizer, prompts[1], max_tokens=90)
+    assert results[1] == generate(model, tokenizer, prompts[1], max_tokens=40)
 
 
 def test_a_random_model_keeps_to_a_form_when_it_samples(tiny):

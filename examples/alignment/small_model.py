@@ -50,7 +50,7 @@ def taught(folder: Path, data: Path, *, epochs: int, learning_rate: float = 3e-3
     settings = FinetuneSettings.from_json({
         "model": str(folder / "drawn"), "data": str(data), "adapter_path": str(folder / "base"), "method": "full",
         "epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "samples": 0, "exact_match": 0,
-        "schedule": "constant", "warmup_steps": 20, "steps_per_report": 50, "steps_per_eval": 0, "valid_fraction": 0.0,
+        "schedule": "constant", "steps_per_report": 50, "steps_per_eval": 0, "valid_fraction": 0.0,
     })  # fmt: skip
     finetune(settings, [Console()], say=lambda text: None)
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from mlxlm.alignment.comparisons import ComparisonSource
     from mlxlm.models import Transformer
 
+_EQUAL = 1e-5  # rewards that differ by less are equal: log probabilities of the same model differ by rounding
+
 
 def measure_comparisons(
     model: Transformer, task: AnswerTask, source: ComparisonSource
@@ -52,7 +54,7 @@ def measure_comparisons(
 
 def of_differences(differences: np.ndarray) -> dict[str, float]:
     """Measures of pairs, see `measure_comparisons`, from the differences of their rewards (P,)."""
-    right = np.where(differences == 0, 0.5, differences > 0)
+    right = np.where(np.abs(differences) < _EQUAL, 0.5, differences > 0)
     confident = 1 / (1 + np.exp(-np.clip(np.abs(differences), 0, 700)))
     return {
         "accuracy": float(right.mean()),
@@ -66,5 +68,5 @@ def of_rewards(good: np.ndarray, bad: np.ndarray) -> dict[str, float]:
     found = {f"reward_{name}": float(one.mean()) for name, one in (("good", good), ("bad", bad)) if len(one)}
     if len(good) and len(bad):
         apart = good[:, None] - bad[None]
-        found = {"accuracy": float(np.where(apart == 0, 0.5, apart > 0).mean()), **found}
+        found = {"accuracy": float(np.where(np.abs(apart) < _EQUAL, 0.5, apart > 0).mean()), **found}
     return found

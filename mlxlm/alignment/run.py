@@ -174,7 +174,8 @@ class Run:
         return made, {**more, **of_answers}
 
     def _shown(self) -> list[Prompt]:
-        return self.asked[: self.settings.tuning.samples]
+        different = {prompt.tokens: prompt for prompt in self.asked}
+        return list(different.values())[: self.settings.tuning.samples]
 
     def _answers(self) -> list[str]:
         """The likeliest answers to a few prompts, for people."""

@@ -47,7 +47,7 @@ def main(words: list[str] | None = None) -> None:
             "fine_tune_type": "full", "iters": options.iters, "learning_rate": 1e-3, "schedule": "constant",
             "prompts_per_iteration": options.prompts, "answers_per_prompt": 8, "batch_size": 8 * options.prompts,
             "passes": 1, "max_tokens": 4, "beta": 0.01, "answers": len(held_out),
-            "steps_per_eval": max(options.iters // 6, 1),
+            "steps_per_eval": max(options.iters // 5, 1),
         },
         title="arithmetic: share of right answers to held-out sums",
     )  # fmt: skip

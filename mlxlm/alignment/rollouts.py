@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _STEERING = 0.1  # share by which beta follows a divergence that is off its target (Ziegler et al. 2019, section 2.2)
 _LEAST_BETA = 1e-4
+_MULTIPLE = 8  # to which rows are padded: answers are often short
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def scored(
     with untouched_chance(model):
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
-            batch = with_places(pad_examples([_example(prompts[i], answers[i]) for i in part], 2**31 - 1))
+            batch = with_places(pad_examples([_example(prompts[i], answers[i]) for i in part], 2**31 - 1, _MULTIPLE))
             arrays = {name: mx.array(array) for name, array in batch.items()}
             hidden = read(model, arrays)
             log_p = np.array(token_log_probabilities(model, arrays, hidden))
@@ -312,7 +313,7 @@ class RolloutSource:
         """See `PolicyLoss`."""
         prompts = [self.prompts[one.prompt].tokens for one in chosen]
         examples = [_example(prompt, one.tokens) for prompt, one in zip(prompts, chosen, strict=True)]
-        batch = with_places(pad_examples(examples, 2**31 - 1))
+        batch = with_places(pad_examples(examples, 2**31 - 1, _MULTIPLE))
         batch["mask"] = batch["targets"] != IGNORE
         if self.settings.overlong == "filter":
             batch["mask"] &= np.array([one.finished for one in chosen])[:, None]

@@ -37,8 +37,8 @@ def read_completion(body: Any, tokenizer: Tokenizer, settings: ServerSettings, w
 def _read_prompts(name: str, value: Any) -> list[Any]:
     """Prompts as a list of texts or of lists of ids."""
     listed = value if isinstance(value, list) else [value]
-    if listed and all(type(one) is int for one in listed):
-        listed = [listed]
+    if isinstance(value, list) and value and all(type(one) is int for one in value):
+        listed = [value]
     for one in listed:
         ids = isinstance(one, list) and one and all(type(token) is int for token in one)
         if not (ids or (isinstance(one, str) and one)):

@@ -165,6 +165,7 @@ WRONG = {
     "too many answers": ({"n": 17}, "n", "1 to 16"),
     "too many prompts": ({"prompt": ["a"] * 9, "n": 2}, "n", "16"),
     "empty prompt": ({"prompt": ""}, "prompt", "not empty"),
+    "a number for a prompt": ({"prompt": 3}, "prompt", "list of token ids"),
     "no prompts": ({"prompt": []}, "prompt", "empty list"),
     "no prompt": ({"prompt": None}, "prompt", "missing"),
     "foreign token": ({"prompt": [99]}, None, "token id 99"),

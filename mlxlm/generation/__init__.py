@@ -1,6 +1,6 @@
 """Using a model: generation, chat, embeddings, filling masks."""
 
-from mlxlm.generation.batching import generate_tokens
+from mlxlm.generation.batching import best_of, generate_tokens
 from mlxlm.generation.beam import Beams, Hypothesis, beam_search
 from mlxlm.generation.blanks import BLANKS, Filled, fill_blanks
 from mlxlm.generation.choice import Likelihood, likelihoods
@@ -12,6 +12,7 @@ from mlxlm.generation.embedding import POOLINGS, embed
 from mlxlm.generation.engine import Engine, EngineBusyError, EngineStatistics, Handle
 from mlxlm.generation.evaluation import EvaluationSettings, RowScores, as_predictions, evaluate_rows
 from mlxlm.generation.fill_mask import Candidate, fill_mask
+from mlxlm.generation.guidance import Guidance
 from mlxlm.generation.harness import Requests, harness_model, run_harness
 from mlxlm.generation.label_scores import ClassScores, LabelScores, entities, score_labels
 from mlxlm.generation.penalties import CountPenalties
@@ -40,6 +41,7 @@ __all__ = [
     "EvaluationSettings",
     "Filled",
     "GenerationPlan",
+    "Guidance",
     "Handle",
     "Hypothesis",
     "LabelScores",
@@ -58,6 +60,7 @@ __all__ = [
     "as_predictions",
     "batch_generate",
     "beam_search",
+    "best_of",
     "classify",
     "embed",
     "entities",

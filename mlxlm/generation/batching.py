@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlxlm.errors import UsageError
 from mlxlm.generation.requests import Completion, Request, TokenChoice
@@ -70,6 +70,22 @@ def generate_tokens(
     finally:
         # The next thing to come may be an update, and compiled steps would keep the weights of today beside the new.
         forget_steps(model)
+
+
+def best_of(
+    model: Transformer, prompts: Sequence[Sequence[int]], *, samples: int, keep: int = 1, **options: Any
+) -> list[list[Completion]]:
+    """Of `samples` answers to each prompt the `keep` likeliest, best first.
+
+    How likely an answer is: the mean log probability of its tokens by the model, whatever the sampling, its stop token
+    included. Give a sampling with a temperature, or all answers are alike. Options as for `generate_tokens`.
+    """
+    if not 1 <= keep <= samples:
+        raise UsageError(f"keep is {keep}, but must be 1 to {samples}, the number of samples")
+    options.setdefault("likelihoods", 0)
+    found = generate_tokens(model, prompts, samples=samples, **options)
+    groups = [found[first : first + samples] for first in range(0, len(found), samples)]
+    return [sorted(group, key=lambda one: -one.mean_log_probability)[:keep] for group in groups]
 
 
 def make_requests(

@@ -13,13 +13,14 @@ import numpy as np
 
 from mlxlm.errors import PromptError, UsageError, nearest
 from mlxlm.generation.batching import counted, run
+from mlxlm.generation.guidance import Guidance, GuidedSteps
 from mlxlm.generation.requests import Likelihoods, Processor, Request, TokenChoice, added
 from mlxlm.generation.sampler import Sampler
 from mlxlm.generation.sampling import Sampling, chosen
 from mlxlm.generation.scheduler import Scheduler
 from mlxlm.generation.speculation import Speculation, speculative_decode
 from mlxlm.generation.stepping import decoding_cache
-from mlxlm.generation.steps import check_generates, check_ids, make_steps, room
+from mlxlm.generation.steps import Steps, check_generates, check_ids, make_steps, room
 from mlxlm.generation.stopping import StopStrings
 from mlxlm.layers import Cache
 
@@ -115,6 +116,7 @@ def stream_generate(
     likelihoods: int | None = None,
     constraint: Constraint | None = None,
     processors: Sequence[Processor] = (),
+    guidance: Guidance | None = None,
     sampling: Sampling | None = None,
     **options: Any,
 ) -> Iterator[Piece]:
@@ -127,7 +129,8 @@ def stream_generate(
     encoder.  speculation: guess tokens ahead, see `Speculation`; the answer is distributed as without.
     likelihoods: 0 to get the log probability of each token, n for those of the n likeliest too, default neither.
     constraint: what the answer must look like, see `json_schema` and `regex`.  processors: further changes to the
-    logits, see `Processor`; new ones for each answer. Neither goes with speculation.
+    logits, see `Processor`; new ones for each answer.  guidance: lean away from another prompt, see `Guidance`.
+    None of the three goes with speculation.
     sampling: see `Sampling`; or its fields as keywords (temperature=0.7 ...). A repetition penalty counts
     what the decoder reads: prompt and answer, or with an encoder-decoder the answer alone.
 
@@ -146,10 +149,13 @@ def stream_generate(
     limit = room(model, tokens, max_tokens)
     if constraint is not None:
         processors = (*processors, constraint.processor(sampler.vocab_size))
-    if speculation is not None and processors:
-        raise UsageError("speculation guesses tokens ahead, so it goes with no constraint and no processors")
+    if speculation is not None and (processors or guidance is not None):
+        raise UsageError("speculation guesses tokens ahead: it goes with no constraint, no processors and no guidance")
+    if guidance is not None:
+        check_ids(model, guidance.negative)
+        limit = room(model, guidance.negative, limit)
     if speculation is None:
-        choices = decode(model, tokens, cache, sampler, limit, likelihoods, processors)
+        choices = decode(model, tokens, cache, sampler, limit, likelihoods, processors, guidance)
     else:
         choices = speculative_decode(model, tokens, cache, sampler, limit, speculation, likelihoods)
     return _pieces(tokenizer, tokens, cache.length, choices, stops, set(tokenizer.stop_ids) | set(stop_tokens), limit)
@@ -236,6 +242,7 @@ def decode(
     max_tokens: int,
     likelihoods: int | None = None,
     processors: Sequence[Processor] = (),
+    guidance: Guidance | None = None,
 ) -> Iterator[TokenChoice]:
     """Up to max_tokens tokens that follow (or answer) `tokens`, of which the cache may hold the beginning.
 
@@ -251,7 +258,9 @@ def decode(
         mx.async_eval(token, *(known.arrays() if known else ()))
         return token, known
 
-    steps = make_steps(model, cache)
+    steps: Steps | GuidedSteps = make_steps(model, cache)
+    if guidance is not None:
+        steps = GuidedSteps(steps, make_steps(model), guidance)
     if not model.config.has_memory:
         cache.bound(len(tokens) + max_tokens)
     # Whoever stops early finds no token in the cache that was not yielded, so those ahead must be forgotten.

@@ -102,6 +102,13 @@ class Completion:
         )
 
     @property
+    def mean_log_probability(self) -> float:
+        """Of its tokens. Raises UsageError when they were not asked for."""
+        if not self.log_probabilities:
+            raise UsageError("the log probabilities of this answer were not asked for: give likelihoods=0")
+        return sum(self.log_probabilities) / len(self.log_probabilities)
+
+    @property
     def answer(self) -> tuple[int, ...]:
         """The tokens without the stop token."""
         return self.tokens[:-1] if self.finish_reason == "stop" else self.tokens

@@ -102,7 +102,10 @@ class Constraint:
         self._grammar = text
 
     def processor(self, words: int | None = None) -> ConstraintProcessor:
-        """A new processor, for one answer.  words: how many there are to choose from, default the tokenizer's."""
+        """A new processor, for one answer.  words: how many there are to choose from, default the tokenizer's.
+
+        Raises SamplingError when no token can begin such an answer.
+        """
         matcher = _matcher(self._vocabulary, self._grammar)
         size = len(self._vocabulary.tokens)
         return ConstraintProcessor(matcher, self._vocabulary, size if words is None else min(words, size))
@@ -116,19 +119,27 @@ class ConstraintProcessor:
         self._stops = [stop for stop in vocabulary.stops if stop < words]
         self._unfit = [id for id in vocabulary.unstripped if id < words]
         self._read = 0
+        # Made at once, so that who asks for an answer learns whether it can begin, and a large grammar waits here.
+        self._first: mx.array | None = self._allowed(first=True)
 
     def __call__(self, answer: Sequence[int]) -> mx.array:
         """What to add to the logits, (words,): 0 for tokens that may come next, -inf for others."""
+        if not answer and self._first is not None:
+            first, self._first = self._first, None
+            return first
         for token in answer[self._read :]:
             self._matcher.consume_token(token)
         self._read = len(answer)
+        return self._allowed(first=not answer)
+
+    def _allowed(self, *, first: bool) -> mx.array:
         allowed = np.zeros(self._words, dtype=bool)
         if self._matcher.is_stopped() and not self._matcher.is_error():
             allowed[self._stops] = True
         elif not self._matcher.is_error():
             bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
             allowed = np.unpackbits(bits, count=self._words, bitorder="little").astype(bool)
-            if not answer:
+            if first:
                 allowed[self._unfit] = False
         if self._matcher.is_error():
             raise SamplingError(f"the answer can't follow its form: {_first_line(self._matcher.get_error())}")

@@ -10,6 +10,9 @@ from mlxlm.server import fields as f
 from mlxlm.server.fields import Fields
 from mlxlm.tokenizers import Tokenizer
 
+# Characters of a regular expression: grammars cost time that grows with them.
+_LONGEST = 16_384
+
 
 def constraint(tokenizer: Tokenizer, form: Mapping[str, Any] | None) -> Constraint | None:
     """What answers of that form must look like: text, json_object, json_schema, or (ours) regex.
@@ -24,7 +27,10 @@ def constraint(tokenizer: Tokenizer, form: Mapping[str, Any] | None) -> Constrai
     if kind == "json_object":
         made = json_schema(tokenizer, {"type": "object"})
     elif kind == "regex":
-        made = regex(tokenizer, fields.need("pattern", f.text))
+        pattern = fields.need("pattern", f.text)
+        if len(pattern) > _LONGEST:
+            raise f.wrong("response_format.pattern", pattern, f"at most {_LONGEST} characters")
+        made = regex(tokenizer, pattern)
     elif kind == "json_schema":
         inner = Fields(fields.need("json_schema", f.mapping), "response_format.json_schema")
         for name in ("name", "description"):

@@ -175,7 +175,9 @@ def test_a_random_model_keeps_to_a_form_when_it_samples(tiny):
 
 def test_a_form_that_the_vocabulary_can_not_write_ends_that_answer_only(tiny):
     model, tokenizer = tiny  # without any digit but 0
-    form = regex(tokenizer, "a7")
+    with pytest.raises(SamplingError, match="can't"):
+        regex(tokenizer, "7").processor()
+    form = regex(tokenizer, "(a|b)(7|8)")
     with pytest.raises(SamplingError, match="can't"):
         generate(model, tokenizer, "a", constraint=form)
     with pytest.raises(SamplingError, match="can't"):

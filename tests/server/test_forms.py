@@ -73,6 +73,7 @@ def test_a_streamed_call_is_the_same(writer):
         ({"response_format": {"type": "json_schema"}}, "json_schema is missing"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}}, "not"),
         ({"response_format": {"type": "regex", "pattern": "("}}, "unclosed group"),
+        ({"response_format": {"type": "regex", "pattern": "a" * 20_000}}, "16384"),
         ({"response_format": {"type": "json_object"}, "tools": [TOOL], "tool_choice": "required"}, "does not go with"),
         ({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "no"}}}, "'look'"),
     ],
@@ -81,6 +82,13 @@ def test_forms_that_can_not_be_kept_to_are_refused(writer, more, message):
     response = chat(writer, **more)
     assert response.status_code == 400
     assert message in response.json()["error"]["message"]
+
+
+def test_forms_that_the_vocabulary_can_not_begin_are_refused_at_once(service, client):
+    body = {"model": "small", "prompt": "a", "response_format": {"type": "regex", "pattern": "7+"}}
+    response = client.post("/v1/completions", json=body)
+    assert response.status_code == 400
+    assert "can't" in response.json()["error"]["message"]
 
 
 def test_penalties_change_the_answer(service, client):

@@ -26,8 +26,8 @@ _AGAIN = {(True, True): 2.3, (True, False): 1.7, (False, True): 1.7, (False, Fal
 _SCORES = 1.5  # arrays of the size of a tile's scores that exist at once in the backward pass
 
 # Arrays of the size of its input that the gradient of an activation function keeps, the input included. Measured on the
-# CPU for "silu" and "gelu_tanh"; the others follow from their formulas. A gated layer keeps both factors besides.
-_KEPT_BY_ACTIVATION = {"silu": 2, "gelu_tanh": 5, "gelu": 4, "relu": 1, "identity": 1}
+# CPU for "silu", "gelu" and "gelu_tanh"; the others follow from their formulas. A gated layer keeps both factors too.
+_KEPT_BY_ACTIVATION = {"silu": 2, "gelu_tanh": 5, "gelu": 2, "relu": 1, "identity": 1}
 _KEPT_BY_OTHERS = 4
 
 

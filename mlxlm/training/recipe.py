@@ -30,13 +30,14 @@ from mlxlm.models.families import family_of
 from mlxlm.models.saving import save
 from mlxlm.models.source import Source
 from mlxlm.objectives import OBJECTIVES
+from mlxlm.objectives.spans import raw_length
 from mlxlm.tokenizers import Tokenizer, load_tokenizer
 from mlxlm.training import plan as plans
 from mlxlm.training.checkpoints import Checkpoints
 from mlxlm.training.initialisation import initialise
 from mlxlm.training.reporters import Reporter
 from mlxlm.training.settings import TrainSettings
-from mlxlm.training.tasks import WordLoss
+from mlxlm.training.tasks import PLACES, WordLoss
 from mlxlm.training.tracking import REPORTERS
 from mlxlm.training.trainer import Trainer
 from mlxlm.training.yaml_files import of_type, read_yaml, unknown_keys
@@ -88,8 +89,18 @@ class Recipe:
             batch_size=data["batch_size"], length=data["max_length"], accumulation=settings.accumulation,
             dtype=settings.dtype or "float32", master_weights=settings.master_weights, optimizer=settings.optimizer,
             average=settings.ema_decay is not None, recompute_layers=settings.recompute_layers,
-            chunk=self.values["loss_chunk"],
+            chunk=self.values["loss_chunk"], **self._targets(),
         )  # fmt: skip
+
+    def _targets(self) -> dict[str, Any]:
+        """How many targets the objective gives: the length of its decoder's rows, or the share of the tokens."""
+        given = self.values["objective"]
+        kind = OBJECTIVES[given["name"]]
+        if hasattr(kind, "target_length"):
+            density, mean_span = (given.get(name, getattr(kind, name)) for name in ("density", "mean_span"))
+            return {"target_length": raw_length(self.values["data"]["max_length"], density, mean_span)[1]}
+        share = given.get("rate", getattr(kind, "rate", 1.0)) + 1 / PLACES
+        return {"targets": share if 2 * share <= 1 else 1.0}
 
     def fitted(self, limit: int | None = None, *, joined: Joined | None = None) -> Recipe:
         """The recipe as its `memory` says: refused when it can't fit ("check"), or made to fit ("auto").

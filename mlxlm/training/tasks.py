@@ -19,9 +19,7 @@ from mlxlm.models import Transformer
 
 IGNORE = -100
 _NOT_INPUTS = ("tokens", "targets", "labels", "next_sentence_labels", "places")
-_PLACES = (
-    16  # places of targets are padded to this part of a batch, which bounds the shapes that steps are compiled for
-)
+PLACES = 16  # places of targets are padded to this part of a batch, which bounds the shapes that steps are compiled for
 
 Arrays = dict[str, mx.array]
 
@@ -61,7 +59,7 @@ class WordLoss:
             raise DataError("the batches have no targets, so there are no words to predict")
         targets = batch["targets"].reshape(-1)
         places = np.flatnonzero(targets != IGNORE)
-        unit = -(-targets.size // _PLACES)
+        unit = -(-targets.size // PLACES)
         room = max(-(-places.size // unit), 1) * unit
         if 2 * room > targets.size:
             return batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from mlx.utils import tree_flatten
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import mlxlm
+from mlxlm import runtime
 from mlxlm.training import recipe
 from mlxlm.training.reporters import MetricsFile, read_metrics
 
@@ -134,6 +136,33 @@ def test_a_run_learns(mlxlm_command, corpus, tmp_path):
     assert status == 0, err
     losses = [row["loss"] for row in read_metrics(tmp_path) if "loss" in row]
     assert losses[-1] < 4.0 < losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(runtime.backend() != "cpu", reason="GPUs run ahead, so peaks of small steps say nothing")
+@pytest.mark.parametrize("example", SMALL)
+def test_the_plan_of_every_example_is_within_15_percent_of_the_measured_peak(corpus, tmp_path, example):
+    changes = [
+        ("tokenizer", str(corpus / "tokenizer")), ("data.train", str(corpus / "train.jsonl")), ("data.valid", None),
+        ("data.cache", str(corpus / "cache")), ("data.batch_size", 8), ("data.max_length", 64),
+        ("training.dtype", "float32"), ("training.final_weights", "last"), ("output", str(tmp_path)),
+    ]  # fmt: skip
+    checked = recipe.check(recipe.override(recipe.read(EXAMPLES / example / "recipe.yaml"), changes))
+    mx.clear_cache()
+    gc.collect()
+    before = mx.get_active_memory()
+    trainer = checked.trainer()
+    limit = mx.set_memory_limit(1)  # MLX waits for each operation
+    try:
+        for _ in range(2):
+            mx.reset_peak_memory()
+            outcome = trainer.step([trainer.source.next()], 1e-4)
+            mx.eval(outcome.loss)
+            trainer.step.evaluate_state()
+    finally:
+        mx.set_memory_limit(limit)
+    predicted = recipe.plans.predict(checked.config, checked.plan_settings()).peak
+    assert predicted == pytest.approx(mx.get_peak_memory() - before, rel=0.15)
 
 
 class StopAt(MetricsFile):

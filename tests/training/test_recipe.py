@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from mlxlm.errors import ConfigError, UsageError
+from mlxlm.objectives.spans import raw_length
 from mlxlm.training import recipe
 from mlxlm.training.plan import MemoryPlanError
 from mlxlm.training.yaml_files import parse_override
@@ -117,6 +118,22 @@ def test_memory_is_checked_fitted_or_left_alone():
     off = recipe.check(values(**big, memory=False))
     assert off.fitted(1) is off
     assert yaml.safe_load(yaml.safe_dump(off.values))["memory"] == "off"
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        ({"name": "causal"}, (None, 1.0)),
+        ({"name": "span-corruption"}, (29, 1.0)),  # 141 raw tokens make 128 and 29
+        ({"name": "span-corruption", "density": 0.5}, (raw_length(128, 0.5, 3.0)[1], 1.0)),
+        ({"name": "masked"}, (None, 0.15 + 1 / 16)),
+        ({"name": "masked", "rate": 0.5}, (None, 1.0)),
+    ],
+    ids=str,
+)
+def test_the_plan_knows_how_many_targets_an_objective_gives(objective, expected):
+    made = recipe.check(values(objective=objective, data__max_length=128)).plan_settings()
+    assert (made.target_length, made.targets) == expected
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.parent.name)

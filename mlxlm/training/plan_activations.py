@@ -19,10 +19,9 @@ if TYPE_CHECKING:
     from mlxlm.training.plan import PlanSettings
 
 # What the backward pass of a block works with beside what was kept, as a share of that; of a block that is computed
-# again by whether it is gated and its own matrices are trained: all of it is made anew, and the gradients of its
-# products wait for those of the matrices. Measured on the CPU, as all constants here.
+# again and so made anew, without and with a gate. Measured on the CPU, as all constants here.
 _WORK = 0.8
-_AGAIN = {(True, True): 2.3, (True, False): 1.7, (False, True): 1.7, (False, False): 1.4}
+_AGAIN = (1.4, 1.65)
 _SCORES = 1.5  # arrays of the size of a tile's scores that exist at once in the backward pass
 
 # Arrays of the size of its input that the gradient of an activation function keeps, the input included. Measured on the
@@ -81,7 +80,7 @@ def _stack(stack: StackSpec, settings: PlanSettings, rows: int, length: int, tra
         own = rows * length * block_numbers(block, trained.weights, path, memory=settings.length / length)
         if index < again:
             kept += rows * length * block.attention.dim
-            share = _AGAIN[block.feed_forward.gated, trained.weights.feeds_own_products(path)]
+            share = _AGAIN[block.feed_forward.gated]
         else:
             kept += own
             share = _WORK

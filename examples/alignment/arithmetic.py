@@ -30,9 +30,10 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/arithmetic"), help="default runs/arithmetic")
     parser.add_argument("--method", default="grpo", choices=["grpo", "dr-grpo", "dapo", "ppo"])
     parser.add_argument("--epochs", type=int, default=15, help="of teaching, default 15")
-    parser.add_argument("--iters", type=int, default=250, help="updates, default 250")
+    parser.add_argument("--iters", type=int, default=400, help="updates, default 400")
     parser.add_argument("--most", type=int, default=30, help="numbers are below it, default 30")
-    parser.add_argument("--prompts", type=int, default=32, help="of an iteration, default 32, with 8 answers each")
+    parser.add_argument("--prompts", type=int, default=16, help="of an iteration, default 16, with 8 answers each")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     options = parser.parse_args(words)
     rows = sums(options.most, 0)
     held_out, rest = rows[: len(rows) // 5], rows[len(rows) // 5 :]
@@ -44,12 +45,13 @@ def main(words: list[str] | None = None) -> None:
         options.output,
         {
             "method": options.method, "reward": "arithmetic", "model": str(options.output / "base"), "data": str(data),
-            "fine_tune_type": "full", "iters": options.iters, "learning_rate": 1e-3, "schedule": "constant",
+            "fine_tune_type": "full", "iters": options.iters, "learning_rate": 5e-4, "schedule": "constant",
             "prompts_per_iteration": options.prompts, "answers_per_prompt": 8, "batch_size": 8 * options.prompts,
             "passes": 1, "max_tokens": 4, "beta": 0.01, "answers": len(held_out),
             "steps_per_eval": max(options.iters // 5, 1),
         },
         title="arithmetic: share of right answers to held-out sums",
+        resume=options.resume,
     )  # fmt: skip
 
 

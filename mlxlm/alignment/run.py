@@ -82,7 +82,8 @@ class Run:
     """A run made ready by `prepare`.
 
     task: the loss.  source: of training.  valid: makes a source of the validation comparisons, None without.  asked:
-    held-out prompts.  reward: of answers, None where none is measured.  longest: tokens of a row.
+    held-out prompts.  reward: of answers, None where none is measured.  validated: whether there are
+    validation rows, of which the best weights can be told.
     """
 
     settings: AlignSettings

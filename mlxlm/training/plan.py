@@ -132,13 +132,14 @@ def _predict(config: TransformerConfig, settings: PlanSettings, weights: Weights
         update=max(2 * 4 * weights.joined(JOINED), (STATES[settings.optimizer] + 1) * kept * weights.largest),
         activations=mine.kept,
         backward=mine.backward,
-        loss=_loss_bytes(config, settings, weights, width, mine),
+        loss=loss_bytes(config, settings, weights, width, mine),
     )
 
 
-def _loss_bytes(
+def loss_bytes(
     config: TransformerConfig, settings: PlanSettings, weights: Weights, width: int, mine: Activations
 ) -> int:
+    """Bytes of a chunk of the logits and its gradient, of the hidden states' gradients and of the head's own."""
     if not config.predicts_words:
         return 0
     tokens = max(1, int(settings.batch_size * mine.target_length * settings.targets))

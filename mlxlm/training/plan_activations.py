@@ -50,14 +50,14 @@ def activations_of(config: TransformerConfig, settings: PlanSettings, weights: W
         stack = getattr(config, name)
         if stack is None:
             continue
-        one, largest = _stack(stack, settings, rows, length, _Trained(weights, f"{name}.layers", below))
+        one, largest = stack_activations(stack, settings, rows, length, Trained(weights, f"{name}.layers", below))
         below = below or bool(weights.under(name))  # a decoder behind an encoder that learns
         kept, backward = kept + one, max(backward, largest)
     embedded = rows * (settings.length + (target_length if config.has_memory else 0)) * config.dim
     return Activations(int((kept + 2 * embedded) * width), int(backward), target_length)
 
 
-class _Trained(NamedTuple):
+class Trained(NamedTuple):
     """What is trained of a stack's layers.  path: theirs.  below: whether anything before them is trained."""
 
     weights: Weights
@@ -71,7 +71,9 @@ class _Trained(NamedTuple):
         return next((index for index in range(layers) if self.weights.under(f"{self.path}.{index}")), layers)
 
 
-def _stack(stack: StackSpec, settings: PlanSettings, rows: int, length: int, trained: _Trained) -> tuple[float, float]:
+def stack_activations(
+    stack: StackSpec, settings: PlanSettings, rows: int, length: int, trained: Trained
+) -> tuple[float, float]:
     """Numbers kept, and bytes that the backward pass of the largest layer works with."""
     again = len(stack.layers) if settings.recompute_layers < 0 else settings.recompute_layers
     kept, backward, width = 0.0, 0.0, WIDTHS[settings.dtype]

@@ -34,10 +34,21 @@ def plan(
     recompute_layers: Annotated[int, typer.Option(help="Layers that are computed again, -1 for all.")] = 0,
     loss_chunk: Annotated[int | None, typer.Option(help="Words of the loss at once.")] = None,
     limit_gb: Annotated[float | None, typer.Option(help="Memory to fit, by default this machine's.")] = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(help="Of processes, as dp=2,tp=2: memory and traffic of each. Rows are of all together."),
+    ] = None,
+    zero: Annotated[int, typer.Option(help="What replicas share: 0 nothing to 3 everything.")] = 0,
+    schedule: Annotated[str, typer.Option(help="Of a pipeline: 1f1b or gpipe.")] = "1f1b",
+    machines: Annotated[int | None, typer.Option(help="Recommend a mesh for so many machines.")] = None,
+    memory_per_machine: Annotated[str, typer.Option(help="Of each, as 64GB.")] = "64GB",
+    link: Annotated[str, typer.Option(help="Between them: 10Gb/s, ethernet10, thunderbolt5 ...")] = "10Gb/s",
+    tflops: Annotated[float, typer.Option(help="10^12 operations a second that training reaches on each.")] = 10.0,
 ) -> None:
     """Predict the memory of a training step by part, and the largest batch and length that fit.
 
     No weights are read or made. Ends with status 2, naming settings that fit, when the step as asked does not.
+    With --mesh for each process of a run, with --machines for every mesh that they could make, best first.
     """
     from mlxlm.errors import UsageError
     from mlxlm.training import plan as plans
@@ -50,6 +61,14 @@ def plan(
         recompute_layers=recompute_layers, chunk=loss_chunk,
     )  # fmt: skip
     network = _adapted(_built(model, quantized), method, rank=rank, targets=targets)
+    if machines is not None or mesh is not None or zero:
+        from mlxlm.cli.plan_mesh import show_mesh, show_recommendation
+
+        if machines is None:
+            return show_mesh(network, settings, mesh, zero, schedule)
+        if mesh is not None or zero:
+            raise UsageError("--machines looks for the mesh and for zero itself; leave out --mesh and --zero, or it")
+        return show_recommendation(network, settings, schedule, machines, memory_per_machine, link, tflops)
     limit = plans.working_set() if limit_gb is None else int(limit_gb * 1e9)
     made = plans.predict(network, settings)
     for name, size in made.parts().items():

@@ -147,8 +147,9 @@ def _tensor(share: Share) -> Iterator[Traffic]:
             forward += _forward_passes(share, False) * length * column
             forward_calls += _forward_passes(share, False)
     if share.is_last and share.config.predicts_words:
-        backward, backward_calls = backward + share.target_length * column, backward_calls + 1
-        losses = batches * ranks * 3 * 4 * rows * share.target_length
+        tokens = max(1, int(rows * share.target_length * settings.targets))  # that have a target
+        backward, backward_calls = backward + tokens * share.config.dim * width, backward_calls + 1
+        losses = batches * ranks * 3 * 4 * tokens
         yield _in_batch("loss by words", "gather", "tensor", ranks, batches, losses)
     yield _in_batch("forward", "sum", "tensor", ranks, batches * forward_calls, batches * forward)
     yield _in_batch("backward", "sum", "tensor", ranks, batches * backward_calls, batches * backward)

@@ -65,10 +65,12 @@ def plan(
         from mlxlm.cli.plan_mesh import show_mesh, show_recommendation
 
         if machines is None:
-            return show_mesh(network, settings, mesh, zero, schedule)
+            show_mesh(network, settings, mesh, zero, schedule)
+            return
         if mesh is not None or zero:
             raise UsageError("--machines looks for the mesh and for zero itself; leave out --mesh and --zero, or it")
-        return show_recommendation(network, settings, schedule, machines, memory_per_machine, link, tflops)
+        show_recommendation(network, settings, schedule, machines, memory_per_machine, link, tflops)
+        return
     limit = plans.working_set() if limit_gb is None else int(limit_gb * 1e9)
     made = plans.predict(network, settings)
     for name, size in made.parts().items():

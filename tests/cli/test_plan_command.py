@@ -47,6 +47,26 @@ def test_every_flag_changes_its_part(plan):
     assert plan("--method", "prompt")[1]["gradients"] < lora["gradients"]
 
 
+def test_a_mesh_shows_each_stage_and_what_is_sent(mlxlm_command, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    flags = ("plan", "--model", path, "--max-seq-length", 256, "--grad-accumulation-steps", 4)
+    status, out, err = mlxlm_command(*flags, "--mesh", "pp=2,dp=2", "--zero", 2)
+    assert (status, err) == (0, "")
+    assert out.count("each of 2 processes") == 2
+    assert re.search(r"batches in flight +2 ", out)
+    assert re.search(r"sent: gradients +\d.*scatter over 2 of data", out)
+    flags = (*flags, "--machines", 4, "--memory-per-machine", "64GB", "--link", "thunderbolt5")
+    status, out, err = mlxlm_command(*flags)
+    assert (status, err) == (0, "")
+    assert "assumed: 10 TFLOP/s a machine; 10.0 GB/s and 20 us" in out
+    assert re.search(r"^mesh +s/step.*\n(dp|tp|pp|sp)=", out, re.M)
+    assert "not: pp=4: the model has 3 layers" in out
+    status, out, err = mlxlm_command(*flags[:-4], "--memory-per-machine", "1MB")
+    assert status == 2
+    assert "no mesh of 4 machines does" in err
+
+
 def test_a_step_that_cannot_fit_is_status_2_with_what_would(plan):
     status, parts, err = plan("--batch-size", 64, "--limit-gb", 0.1)
     assert (status, parts["peak"] > 1e8) == (2, True)
@@ -63,6 +83,16 @@ def test_a_step_that_cannot_fit_is_status_2_with_what_would(plan):
         (("--limit-gb", 0), "--limit-gb is 0"),
         (("--dtype", "float8"), "unknown dtype"),
         (("--method", "qlora"), "quantized"),
+        (("--mesh", "dq=2"), "no axis 'dq'"),
+        (("--mesh", "tp=3"), "4 attention heads"),
+        (("--mesh", ""), "not AXIS=NUMBER"),
+        (("--mesh", "dp=2", "--zero", 5), "zero is 5"),
+        (("--mesh", "pp=2", "--schedule", "zigzag"), "unknown schedule"),
+        (("--zero", 3), "--zero goes with --mesh"),
+        (("--machines", 0), "0 machines"),
+        (("--machines", 2, "--mesh", "dp=2"), "leave out --mesh"),
+        (("--machines", 2, "--link", "thunderbolt6"), "did you mean"),
+        (("--machines", 2, "--memory-per-machine", "lots"), "such as 64GB"),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else None,
 )

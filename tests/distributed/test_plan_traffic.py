@@ -13,10 +13,13 @@ from mlxlm.training.plan_traffic import predict_mesh
 
 TWO = ["llama dp=2 3 1", "llama tp=2 0 1", "llama-tied pp=2 0 2"]
 TWO_MORE = [
-    "llama dp=2 0 2", "llama sp=2 0 1", "llama dp=2 1 2", "llama dp=2 2 2", "llama dp=2 2 1", "qwen3 dp=2 3 2", "llama tp=2 0 2", "qwen3 tp=2 0 1",
-    "t5 tp=2 0 1", "bert tp=2 0 1", "t5 pp=2 0 2", "t5 dp=2 3 1", "gpt2 sp=2 3 2",
+    "llama dp=2 0 2", "llama sp=2 0 1", "llama dp=2 1 2", "llama dp=2 2 2", "llama dp=2 2 1", "qwen3 dp=2 3 2",
+    "llama tp=2 0 2", "qwen3 tp=2 0 1", "t5 tp=2 0 1", "bert tp=2 0 1", "t5 pp=2 0 2", "t5 dp=2 3 1", "gpt2 sp=2 3 2",
 ]  # fmt: skip
-FOUR = ["llama tp=4 0 1", "qwen3 dp=2,tp=2 2 2", "llama-tied pp=2,tp=2 0 2", "llama pp=2,sp=2 0 2", "llama pp=2,dp=2 2 2"]  # fmt: skip
+FOUR = [
+    "llama tp=4 0 1", "qwen3 dp=2,tp=2 2 2", "llama-tied pp=2,tp=2 0 2", "llama pp=2,sp=2 0 2",
+    "llama pp=2,dp=2 2 2",
+]  # fmt: skip
 OPERATIONS = {"sum": "sum", "gather": "stack", "scatter": "reduce_scatter", "send": "send"}
 
 

@@ -1,4 +1,4 @@
-"""What ranks do in test_plan_traffic.py: one step under each mesh, counting the bytes that are given to every `Comm`."""
+"""What ranks do in test_plan_traffic.py: a step under each mesh, counting the bytes given to every `Comm`."""
 
 from __future__ import annotations
 

@@ -113,6 +113,12 @@ def test_a_family_defines_no_class(path):
     assert not [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
 
 
+@pytest.mark.parametrize("path", sorted((PACKAGE / "models" / "families").glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_a_family_s_file_is_thin(path):
+    # What takes more belongs to a shape that others may share, in mlxlm/models.
+    assert path.read_text().count("\n") <= 150
+
+
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_files_are_of_a_readable_size_and_say_what_they_are(path):
     text = path.read_text()

@@ -7,7 +7,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from mlxlm.errors import ConfigError
 from mlxlm.layers import (
     AttentionSpec,
     BlockSpec,
@@ -18,10 +17,12 @@ from mlxlm.layers import (
     ResidualSpec,
     RMSNormSpec,
 )
+from mlxlm.models import layer_types
 from mlxlm.models.config import TransformerConfig
 from mlxlm.models.decoders import assemble, layer_rules, outer_keys, outer_rules, prefixes
 from mlxlm.models.family import Layout
 from mlxlm.models.hub_config import HubConfig
+from mlxlm.models.layer_types import FULL, WINDOW
 from mlxlm.models.weights import Rule, drop, under
 
 
@@ -82,25 +83,14 @@ def parse_model(
 def parse_windows(hub: HubConfig, pattern: int, default: int) -> tuple[int | None, ...]:
     """The window of each layer by `layer_types`; in older configs every `pattern`-th layer has none."""
     num_layers = hub.take("num_hidden_layers")
-    window = hub.take("sliding_window", default=default)
-    kinds = hub.take("layer_types", default=None)
-    if kinds is None:
-        kinds = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(num_layers)]
-    if len(kinds) != num_layers or set(kinds) - {"full_attention", "sliding_attention"}:
-        raise ConfigError(
-            f"config.json: layer_types is {kinds}, expected {num_layers} of 'full_attention' or 'sliding_attention'"
-        )
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    kinds = [FULL if (index + 1) % pattern == 0 else WINDOW for index in range(num_layers)]
+    return layer_types.parse_windows(hub, kinds, hub.take("sliding_window", default=default))
 
 
 def unparse_windows(config: TransformerConfig) -> dict[str, Any]:
     """The config.json keys that say which layers have a window."""
-    windows = [layer.attention.window for layer in config.stack.layers]
-    used = [window for window in windows if window is not None]
-    return {
-        **({"sliding_window": used[0]} if used else {}),
-        "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
-    }
+    used = [window for window in layer_types.windows(config) if window is not None]
+    return {**({"sliding_window": used[0]} if used else {}), "layer_types": layer_types.unparse_layer_types(config)}
 
 
 def query_scalar(attention: AttentionSpec) -> float:

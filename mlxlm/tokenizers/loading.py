@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mlxlm.errors import TokenizerError, nearest
 from mlxlm.tokenizers.backend import Backend
-from mlxlm.tokenizers.chat import read_templates
+from mlxlm.tokenizers.chat import DEFAULT, read_templates
 from mlxlm.tokenizers.special_tokens import AddedToken, Settings, fallback_ids, read_settings
 from mlxlm.tokenizers.tokenizer_classes import (
     BYTE_LEVEL_CLASSES,
@@ -140,6 +140,7 @@ def _read_sentencepiece(path: Path, settings: Settings) -> Backend:
     _add_reserved(backend, settings, kind)
     _set_defaults(settings, backend, {**own, **kind.tokens})
     _add_named(backend, settings)
+    _add_conventions(backend, settings, kind)
     if kind.shifted:
         cls, sep = _special(backend, settings, "cls"), _special(backend, settings, "sep")
         before, after = ((end[1],) if end else () for end in (cls, sep))
@@ -184,7 +185,17 @@ def _add_reserved(backend: SentencePieceBackend, settings: Settings, kind: Sente
         if content in kind.matched:
             backend.add_tokens([AddedToken(content=content, id=id)])
         else:
-            backend.reserve(content, id)
+            backend.reserve(content, id, after=kind.follows.get(content))
+
+
+def _add_conventions(backend: SentencePieceBackend, settings: Settings, kind: SentencePieceClass) -> None:
+    """What was code of the class and stands in no file: the chat template, and further tokens that end an answer."""
+    ends = (id for content in kind.ends if (id := backend.token_id(content)) is not None)
+    settings.end_ids = (*settings.end_ids, *ends)
+    name = str(settings.config.get("name_or_path") or "").lower()
+    found = [template for part, template in kind.templates.items() if part in name]
+    if found and not settings.templates:
+        settings.templates = {DEFAULT: found[0]}
 
 
 def _check_class(settings: Settings, known: Collection[str], files: str) -> None:

@@ -8,7 +8,7 @@ off again, byte pieces are gathered into characters, and each byte that belongs 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -79,6 +79,7 @@ class SentencePieceBackend:
         self._end = max([count + layout.offset, *(ours + 1 for _, ours in layout.moved)])
         self._added: dict[str, AddedToken] = {}
         self._added_texts: dict[int, str] = {}
+        self._followers: dict[str, tuple[str, int]] = {}
         self._splitter: re.Pattern[str] | None = None
         # How the model treats spaces, asked of itself: the options stand behind all pieces in the file.
         probe = "".join(self._processor.EncodeAsPieces("a  a"))
@@ -138,15 +139,18 @@ class SentencePieceBackend:
             self._added[token.content] = replace(token, id=id)
             self._added_texts[id] = token.content
             self._end = max(self._end, id + 1)
-        self._splitter = _splitter(self._added.values())
+        self._splitter = _splitter(self._added.values(), self._followers)
 
-    def reserve(self, content: str, id: int) -> None:
-        """Give this text an id, if it has none, without ever looking for it in a text."""
+    def reserve(self, content: str, id: int, *, after: str | None = None) -> None:
+        """Give this text an id, if it has none, and look for it in a text only right behind the token `after`."""
         if self.token_id(content) is None:
             if self.token(id) is not None:
                 raise TokenizerError(f"the token {content!r} belongs at id {id}, but that is {self.token(id)!r}")
             self._added_texts[id] = content
             self._end = max(self._end, id + 1)
+        if after is not None:
+            self._followers[content] = (after, self.token_id(content) or id)
+            self._splitter = _splitter(self._added.values(), self._followers)
 
     def encode(self, text: str, pair: str | None, add_special_tokens: bool) -> tuple[list[int], list[int]]:
         frame = self.frame if add_special_tokens else Frame(pair_type=self.frame.pair_type)
@@ -165,7 +169,8 @@ class SentencePieceBackend:
         for match in self._splitter.finditer(text) if self._splitter else ():
             ids += self._encode_part(text[start : match.start()], start == 0)
             # The group is the token without the white space that it swallows.
-            ids.append(self._added[match.group(match.lastindex or 0)].id or 0)
+            content = match.group(match.lastindex or 0)
+            ids.append(self._added[content].id or 0 if content in self._added else self._followers[content][1])
             start = match.end()
         return ids + self._encode_part(text[start:], start == 0)
 
@@ -303,9 +308,9 @@ def _load(model: bytes) -> sentencepiece.SentencePieceProcessor:
     return processor
 
 
-def _splitter(tokens: Iterable[AddedToken]) -> re.Pattern[str] | None:
-    """An expression that finds added tokens, the longest first."""
-    patterns, space = [], r"\s*"
+def _splitter(tokens: Iterable[AddedToken], followers: Mapping[str, tuple[str, int]]) -> re.Pattern[str] | None:
+    """An expression that finds added tokens, the longest first, and texts that are tokens behind another one only."""
+    patterns, space = [f"(?<={re.escape(after)})({re.escape(text)})" for text, (after, _) in followers.items()], r"\s*"
     for token in sorted(tokens, key=lambda token: -len(token.content)):
         pattern = re.escape(token.content)
         if token.single_word:

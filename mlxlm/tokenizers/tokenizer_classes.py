@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from mlxlm.tokenizers.chats_of_code import ROLES, ROUNDS
+
 # Classes that read a vocab.txt with lower-casing WordPiece and frame a text as [CLS] A [SEP] (B [SEP]).
 WORD_PIECE_CLASSES = frozenset(
     {
@@ -65,7 +67,9 @@ class SentencePieceClass:
     extra_ids: sentinels <extra_id_N> behind the vocabulary, the highest number first.  shifted: ids start with
     <s> <pad> </s> <unk>, the model's follow one higher, <mask> is last.  before: tokens that open every text.
     reserved: further tokens behind the vocabulary, in the order of their ids; matched: those found in a text.
-    pair_type: token type of the second text of a pair.
+    follows: of the others, text -> the token right behind which it is
+    found.  ends: those that end an answer besides eos.  pair_type: token type of the second text of a pair.  templates:
+    part of a model's name -> chat template, for models whose files have none.
     """
 
     add_bos: bool = False
@@ -76,6 +80,9 @@ class SentencePieceClass:
     before: tuple[str, ...] = ()
     reserved: tuple[str, ...] = ()
     matched: tuple[str, ...] = ()
+    follows: dict[str, str] = field(default_factory=dict)
+    ends: tuple[str, ...] = ()
+    templates: dict[str, str] = field(default_factory=dict)
     pair_type: int = 1
 
 
@@ -99,6 +106,9 @@ SENTENCEPIECE_CLASSES = {
         reserved=("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", *_CHAT_ROLES),
         # "sop" and "eop" are pieces of ordinary words too
         matched=("[MASK]", "[gMASK]", "[sMASK]", *_CHAT_ROLES),
+        follows={"sop": "[gMASK]"},
+        ends=("<|user|>", "<|observation|>"),
+        templates={"chatglm2": ROUNDS, "chatglm3": ROLES},
     ),
 }
 

@@ -7,22 +7,15 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from mlxlm.layers import (
-    AlibiSpec,
-    AttentionSpec,
-    BlockSpec,
-    EmbeddingsSpec,
-    FeedForwardSpec,
-    LayerNormSpec,
-    ResidualSpec,
-)
+from mlxlm.layers import AlibiSpec, EmbeddingsSpec, LayerNormSpec
 from mlxlm.models.config import TransformerConfig
-from mlxlm.models.decoders import QKV, assemble, layer_rules, outer_keys, outer_rules, prefixes
+from mlxlm.models.decoders import assemble, layer_rules, outer_keys, outer_rules, prefixes
 from mlxlm.models.family import Family, Layout
 from mlxlm.models.gguf_dialect import GgufDialect, GgufHeader
 from mlxlm.models.gguf_weights import gguf_rules
 from mlxlm.models.hub_config import HubConfig
-from mlxlm.models.weights import Rule, rename, split_heads, under
+from mlxlm.models.plain_decoders import fused_by_group, gguf_keys, plain_block
+from mlxlm.models.weights import Rule, rename, under
 
 _CLASSES = ("BloomModel", "BloomForCausalLM")
 
@@ -32,26 +25,16 @@ def parse(hub: HubConfig) -> TransformerConfig:
     # `n_embed` comes first: where both are present it is the one in use.
     dim, heads = hub.take("n_embed", "hidden_size", default=64), hub.take("n_head", "num_attention_heads", default=8)
     norm = LayerNormSpec(dim=dim, eps=hub.take("layer_norm_epsilon", default=1e-5))
-    residual = ResidualSpec(
-        norm_in=norm,
+    block = plain_block(
+        norm,
+        heads=heads,
+        hidden_dim=4 * dim,
+        activation="gelu_tanh",
+        bias=True,
         from_normed=hub.take("apply_residual_connection_post_layernorm", default=False),
         dropout=hub.take("hidden_dropout", default=0.0),
-    )
-    block = BlockSpec(
-        attention=AttentionSpec(
-            dim=dim,
-            num_heads=heads,
-            num_kv_heads=heads,
-            head_dim=dim // heads,
-            causal=True,
-            positions=AlibiSpec(num_heads=heads),
-            bias=True,
-            output_bias=True,
-            dropout=hub.take("attention_dropout", default=0.0),
-        ),
-        attention_residual=residual,
-        feed_forward=FeedForwardSpec(dim=dim, hidden_dim=4 * dim, activation="gelu_tanh", bias=True),
-        feed_forward_residual=residual,
+        attention_dropout=hub.take("attention_dropout", default=0.0),
+        positions=AlibiSpec(num_heads=heads),
     )
     hub.expect("n_inner", 4 * dim)
     # How the training was split and fused, and what its data was padded to.
@@ -87,7 +70,7 @@ def unparse(config: TransformerConfig) -> dict[str, Any]:
 
 def rules(config: TransformerConfig, layout: Layout = "hub") -> tuple[Rule, ...]:
     """Weight names. Query, key and value are one tensor, head by head."""
-    where, heads = prefixes(config, "transformer."), config.stack.layers[0].attention.num_heads
+    where, attention = prefixes(config, "transformer."), config.stack.layers[0].attention
     names = {
         "self_attention.dense": "attention.output",
         "mlp.dense_h_to_4h": "feed_forward.up",
@@ -98,7 +81,7 @@ def rules(config: TransformerConfig, layout: Layout = "hub") -> tuple[Rule, ...]
     return (
         *outer_rules(config, where, token="word_embeddings", norm="ln_f", tokens_head="classifier"),
         rename(under(where, "word_embeddings_layernorm.{p}"), "embeddings.norm.{p}"),
-        split_heads(under(where, "h.{n}.self_attention.query_key_value.{p}"), QKV, heads, (1, 1, 1)),
+        fused_by_group(under(where, "h.{n}.self_attention.query_key_value.{p}"), attention),
         *layer_rules(where, "h.{n}.", names),
     )
 
@@ -116,13 +99,9 @@ def _write_gguf(config: TransformerConfig) -> dict[str, Any]:
 GGUF = GgufDialect(
     architecture="bloom",
     model_type="bloom",
-    keys={
-        "context_length": "seq_length",
-        "embedding_length": "hidden_size",
-        "block_count": "n_layer",
-        "attention.head_count": "n_head",
-        "attention.layer_norm_epsilon": "layer_norm_epsilon",
-    },
+    keys=gguf_keys(
+        length="seq_length", width="hidden_size", layers="n_layer", heads="n_head", eps="layer_norm_epsilon"
+    ),
     rules=partial(gguf_rules, joined=True),
     rotary=False,
     read=_read_gguf,

@@ -7,30 +7,18 @@ remembered from the remote code: that `rope_ratio` multiplies the base 10000 of 
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from mlxlm.errors import UnsupportedModelError
-from mlxlm.layers import (
-    AttentionSpec,
-    BlockSpec,
-    EmbeddingsSpec,
-    FeedForwardSpec,
-    LayerNormSpec,
-    NoNormSpec,
-    ResidualSpec,
-    RMSNormSpec,
-    RotarySpec,
-)
+from mlxlm.layers import BlockSpec, EmbeddingsSpec, LayerNormSpec, NoNormSpec, NormSpec, RMSNormSpec, RotarySpec
 from mlxlm.models.config import StackSpec, TransformerConfig
-from mlxlm.models.decoders import GATE_UP, QKV, layer_rules
+from mlxlm.models.decoders import GATE_UP, layer_rules
+from mlxlm.models.families.chatglm_gguf import GGUF
 from mlxlm.models.family import Family, Layout
-from mlxlm.models.gguf_dialect import GgufDialect, GgufHeader
-from mlxlm.models.gguf_rotary import write_rotary
-from mlxlm.models.gguf_weights import gguf_rules
 from mlxlm.models.heads import LanguageModelHeadSpec
 from mlxlm.models.hub_config import HubConfig
-from mlxlm.models.weights import Rule, drop, rename, split, split_heads, tied_copy
+from mlxlm.models.plain_decoders import fused_by_group, fused_in_turn, plain_block
+from mlxlm.models.weights import Rule, drop, rename, split, tied_copy
 
 _ARCHITECTURES = ("ChatGLMModel", "ChatGLMForConditionalGeneration")
 _BODY = "transformer."
@@ -43,20 +31,6 @@ def parse(hub: HubConfig) -> TransformerConfig:
     dim = hub.take("hidden_size", default=4096)
     eps = hub.take("layernorm_epsilon", default=1e-5)
     norm = RMSNormSpec(dim=dim, eps=eps) if hub.take("rmsnorm", default=True) else LayerNormSpec(dim=dim, eps=eps)
-    bias = hub.take("add_bias_linear", default=False)
-    residual = ResidualSpec(
-        norm_in=norm,
-        from_normed=hub.take("apply_residual_connection_post_layernorm", default=False),
-        dropout=hub.take("hidden_dropout", default=0.0),
-    )
-    block = BlockSpec(
-        attention=_parse_attention(hub, dim, bias),
-        attention_residual=residual,
-        feed_forward=FeedForwardSpec(
-            dim=dim, hidden_dim=hub.take("ffn_hidden_size", default=13696), activation="silu", gated=True, bias=bias
-        ),
-        feed_forward_residual=residual,
-    )
     vocab_size = hub.take("padded_vocab_size", "vocab_size", default=65024)
     tied = hub.take("tie_word_embeddings", default=False)
     hub.expect("quantization_bit", 0)
@@ -69,7 +43,7 @@ def parse(hub: HubConfig) -> TransformerConfig:
     return TransformerConfig(
         embeddings=EmbeddingsSpec(vocab_size=vocab_size, dim=dim),
         decoder=StackSpec(
-            layers=(block,) * hub.take("num_layers", "num_hidden_layers", default=28),
+            layers=(_parse_block(hub, norm),) * hub.take("num_layers", "num_hidden_layers", default=28),
             norm=norm if hub.take("post_layer_norm", default=True) else NoNormSpec(),
         ),
         head=LanguageModelHeadSpec(dim=dim, vocab_size=vocab_size, tied=tied) if headed else None,
@@ -77,7 +51,7 @@ def parse(hub: HubConfig) -> TransformerConfig:
     )
 
 
-def _parse_attention(hub: HubConfig, dim: int, bias: bool) -> AttentionSpec:
+def _parse_block(hub: HubConfig, norm: NormSpec) -> BlockSpec:
     heads, head_dim = hub.take("num_attention_heads", default=32), hub.take("kv_channels", default=128)
     groups = hub.take("multi_query_group_num", default=1)
     shared = hub.take("multi_query_attention", default=False)
@@ -88,16 +62,21 @@ def _parse_attention(hub: HubConfig, dim: int, bias: bool) -> AttentionSpec:
         )
     hub.expect("original_rope", True)
     hub.expect("interleaved_qkv", False)
-    return AttentionSpec(
-        dim=dim,
-        num_heads=heads,
-        num_kv_heads=groups if shared else heads,
+    bias = hub.take("add_bias_linear", default=False)
+    return plain_block(
+        norm,
+        heads=heads,
+        kv_heads=groups if shared else heads,
         head_dim=head_dim,
-        causal=True,
+        hidden_dim=hub.take("ffn_hidden_size", default=13696),
+        activation="silu",
+        gated=True,
+        from_normed=hub.take("apply_residual_connection_post_layernorm", default=False),
+        dropout=hub.take("hidden_dropout", default=0.0),
+        attention_dropout=hub.take("attention_dropout", default=0.0),
         positions=RotarySpec(dim=head_dim // 2, base=10000.0 * hub.take("rope_ratio", default=1), layout="interleaved"),
-        bias=hub.take("add_qkv_bias", default=False) or bias,
-        output_bias=bias,
-        dropout=hub.take("attention_dropout", default=0.0),
+        bias=bias,
+        fused_bias=hub.take("add_qkv_bias", default=False) or bias,
     )
 
 
@@ -134,7 +113,6 @@ def rules(config: TransformerConfig, layout: Layout = "hub") -> tuple[Rule, ...]
     """Weight names, as the remote code has them; the same with and without a head."""
     block = config.stack.layers[0]
     attention, hidden_dim = block.attention, block.feed_forward.hidden_dim
-    wide, narrow = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
     layer = _BODY + "encoder.layers.{n}."
     fused = layer + "self_attention.query_key_value.{p}"
     untied = config.head is not None and not config.head.tied
@@ -146,9 +124,7 @@ def rules(config: TransformerConfig, layout: Layout = "hub") -> tuple[Rule, ...]
     }
     return (
         rename(_BODY + "embedding.word_embeddings.{p}", "embeddings.token.{p}"),
-        split_heads(fused, QKV, attention.num_heads, (1, 1, 1))
-        if attention.num_kv_heads == attention.num_heads
-        else split(fused, QKV, (wide, narrow, narrow)),
+        (fused_by_group if attention.num_kv_heads == attention.num_heads else fused_in_turn)(fused, attention),
         split(layer + "mlp.dense_h_to_4h.{p}", GATE_UP, (hidden_dim, hidden_dim)),
         *layer_rules(("",), layer, names),
         rename(_BODY + "encoder.final_layernorm.{p}", "decoder.norm.{p}"),
@@ -158,34 +134,6 @@ def rules(config: TransformerConfig, layout: Layout = "hub") -> tuple[Rule, ...]
         drop(_BODY + "rotary_pos_emb.inv_freq"),
     )
 
-
-def _read_gguf(header: GgufHeader, values: dict[str, Any]) -> None:
-    shared = values.setdefault("multi_query_group_num", values["num_attention_heads"])
-    values["multi_query_attention"] = shared != values["num_attention_heads"]
-    values["kv_channels"] = header.head_dim
-    values["add_qkv_bias"] = any(name in header.tensors for name in ("blk.0.attn_qkv.bias", "blk.0.attn_q.bias"))
-    values["rope_ratio"] = header.take("rope.freq_base", 10000.0) / 10000.0
-    header.expect("rope.dimension_count", header.head_dim // 2)
-
-
-GGUF = GgufDialect(
-    architecture="chatglm",
-    model_type="chatglm",
-    keys={
-        "context_length": "seq_length",
-        "embedding_length": "hidden_size",
-        "feed_forward_length": "ffn_hidden_size",
-        "block_count": "num_layers",
-        "attention.head_count": "num_attention_heads",
-        "attention.head_count_kv": "multi_query_group_num",
-        "attention.key_length": "kv_channels",
-        "attention.layer_norm_rms_epsilon": "layernorm_epsilon",
-    },
-    rules=partial(gguf_rules, joined=True, gate_up=True),
-    rotary=False,
-    read=_read_gguf,
-    write=write_rotary,
-)
 
 FAMILY = Family(
     name="ChatGLM2 and 3",

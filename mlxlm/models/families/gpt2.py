@@ -6,15 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from mlxlm.layers import (
-    AttentionSpec,
-    BlockSpec,
-    EmbeddingsSpec,
-    FeedForwardSpec,
-    LayerNormSpec,
-    LearnedPositionsSpec,
-    ResidualSpec,
-)
+from mlxlm.layers import EmbeddingsSpec, LayerNormSpec, LearnedPositionsSpec
 from mlxlm.models.config import StackSpec, TransformerConfig
 from mlxlm.models.family import Family, Layout
 from mlxlm.models.gguf_dialect import GgufDialect
@@ -22,7 +14,8 @@ from mlxlm.models.gguf_weights import gguf_rules
 from mlxlm.models.head_config import architecture, decoder_head_rules, parse_decoder_head, unparse_labels
 from mlxlm.models.heads import LanguageModelHeadSpec, TokenHeadSpec
 from mlxlm.models.hub_config import HubConfig, hub_activation
-from mlxlm.models.weights import Rule, drop, rename, split, transpose, under
+from mlxlm.models.plain_decoders import fused_in_turn, gguf_keys, plain_block
+from mlxlm.models.weights import Rule, drop, rename, transpose, under
 
 
 def parse(hub: HubConfig) -> TransformerConfig:
@@ -32,25 +25,17 @@ def parse(hub: HubConfig) -> TransformerConfig:
     norm = LayerNormSpec(dim=dim, eps=hub.take("layer_norm_epsilon", default=1e-5))
     scaled = hub.take("scale_attn_weights", default=True)
     by_layer = hub.take("scale_attn_by_inverse_layer_idx", default=False)
-    attention = AttentionSpec(
-        dim=dim,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=dim // heads,
-        causal=True,
-        bias=True,
-        output_bias=True,
-        scale=None if scaled else 1.0,
-        dropout=hub.take("attn_pdrop", default=0.1),
-    )
-    root = (dim // heads) ** -0.5 if scaled else 1.0
-    feed_forward = FeedForwardSpec(
-        dim=dim,
+    block = plain_block(
+        norm,
+        heads=heads,
         hidden_dim=hub.take("n_inner", default=4 * dim),
         activation=hub.activation("activation_function", default="gelu_new"),
         bias=True,
+        dropout=hub.take("resid_pdrop", default=0.1),
+        attention_dropout=hub.take("attn_pdrop", default=0.1),
+        scale=None if scaled else 1.0,
     )
-    residual = ResidualSpec(norm_in=norm, dropout=hub.take("resid_pdrop", default=0.1))
+    root = (dim // heads) ** -0.5 if scaled else 1.0
     vocab_size = hub.take("vocab_size")
     tied = hub.take("tie_word_embeddings", default=True)
     hub.expect("add_cross_attention", False)
@@ -69,12 +54,9 @@ def parse(hub: HubConfig) -> TransformerConfig:
         ),
         decoder=StackSpec(
             layers=tuple(
-                BlockSpec(
-                    attention=replace(attention, scale=root / (index + 1)) if by_layer and index else attention,
-                    attention_residual=residual,
-                    feed_forward=feed_forward,
-                    feed_forward_residual=residual,
-                )
+                replace(block, attention=replace(block.attention, scale=root / (index + 1)))
+                if by_layer and index
+                else block
                 for index in range(num_layers)
             ),
             norm=norm,
@@ -98,6 +80,7 @@ def unparse(config: TransformerConfig) -> dict[str, Any]:
         "n_head": attention.num_heads,
         "n_layer": len(layers),
         "n_positions": config.max_length,
+        "n_ctx": config.max_length,  # the same to transformers, and mlx-lm asks for it
         "n_inner": block.feed_forward.hidden_dim,
         "activation_function": hub_activation(block.feed_forward.activation),
         "layer_norm_epsilon": config.stack.norm.eps,
@@ -117,7 +100,7 @@ def rules(config: TransformerConfig, layout: Layout = "hub") -> tuple[Rule, ...]
         prefixes, linear = ("model.", "transformer.", ""), rename
     else:
         prefixes, linear = (("transformer.", "") if config.head else ("", "transformer.")), transpose
-    layer, dim = "decoder.layers.{n}.", config.dim
+    layer = "decoder.layers.{n}."
     head = decoder_head_rules(config)
     if type(config.head) is TokenHeadSpec:
         head = (rename("classifier.{p}", "head.output.{p}"),)
@@ -127,11 +110,8 @@ def rules(config: TransformerConfig, layout: Layout = "hub") -> tuple[Rule, ...]
         rename(under(prefixes, "h.{n}.ln_1.{p}"), layer + "attention_residual.norm_in.{p}"),
         rename(under(prefixes, "h.{n}.ln_2.{p}"), layer + "feed_forward_residual.norm_in.{p}"),
         drop(*under(prefixes, "h.{n}.attn.bias", "h.{n}.attn.masked_bias")),
-        split(
-            under(prefixes, "h.{n}.attn.c_attn.{p}"),
-            tuple(layer + f"attention.{part}.{{p}}" for part in ("query", "key", "value")),
-            (dim, dim, dim),
-            transposed=layout == "hub",
+        fused_in_turn(
+            under(prefixes, "h.{n}.attn.c_attn.{p}"), config.stack.layers[0].attention, transposed=layout == "hub"
         ),
         linear(under(prefixes, "h.{n}.attn.c_proj.{p}"), layer + "attention.output.{p}"),
         linear(under(prefixes, "h.{n}.mlp.c_fc.{p}"), layer + "feed_forward.up.{p}"),
@@ -141,14 +121,14 @@ def rules(config: TransformerConfig, layout: Layout = "hub") -> tuple[Rule, ...]
     )
 
 
-GGUF_KEYS = {
-    "context_length": "n_positions",
-    "embedding_length": "n_embd",
-    "feed_forward_length": "n_inner",
-    "block_count": "n_layer",
-    "attention.head_count": "n_head",
-    "attention.layer_norm_epsilon": "layer_norm_epsilon",
-}
+GGUF_KEYS = gguf_keys(
+    length="n_positions",
+    width="n_embd",
+    hidden="n_inner",
+    layers="n_layer",
+    heads="n_head",
+    eps="layer_norm_epsilon",
+)
 GGUF = GgufDialect(
     architecture="gpt2",
     model_type="gpt2",

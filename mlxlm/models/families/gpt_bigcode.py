@@ -5,23 +5,16 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from mlxlm.layers import (
-    AttentionSpec,
-    BlockSpec,
-    EmbeddingsSpec,
-    FeedForwardSpec,
-    LayerNormSpec,
-    LearnedPositionsSpec,
-    ResidualSpec,
-)
+from mlxlm.layers import EmbeddingsSpec, LayerNormSpec, LearnedPositionsSpec
 from mlxlm.models.config import TransformerConfig
-from mlxlm.models.decoders import QKV, assemble, layer_rules, outer_keys, outer_rules, prefixes
+from mlxlm.models.decoders import assemble, layer_rules, outer_keys, outer_rules, prefixes
 from mlxlm.models.families.gpt2 import GGUF_KEYS
 from mlxlm.models.family import Family, Layout
 from mlxlm.models.gguf_dialect import GgufDialect, GgufHeader
 from mlxlm.models.gguf_weights import gguf_rules
 from mlxlm.models.hub_config import HubConfig, hub_activation
-from mlxlm.models.weights import Rule, drop, rename, split, split_heads, under
+from mlxlm.models.plain_decoders import fused_by_group, fused_in_turn, plain_block
+from mlxlm.models.weights import Rule, drop, rename, under
 
 _CLASSES = ("GPTBigCodeModel", "GPTBigCodeForCausalLM")
 
@@ -31,27 +24,16 @@ def parse(hub: HubConfig) -> TransformerConfig:
     dim = hub.take("n_embd", "hidden_size", default=768)
     heads = hub.take("n_head", "num_attention_heads", default=12)
     norm = LayerNormSpec(dim=dim, eps=hub.take("layer_norm_epsilon", default=1e-5))
-    residual = ResidualSpec(norm_in=norm, dropout=hub.take("resid_pdrop", default=0.1))
-    block = BlockSpec(
-        attention=AttentionSpec(
-            dim=dim,
-            num_heads=heads,
-            num_kv_heads=1 if hub.take("multi_query", default=True) else heads,
-            head_dim=dim // heads,
-            causal=True,
-            bias=True,
-            output_bias=True,
-            scale=None if hub.take("scale_attn_weights", default=True) else 1.0,
-            dropout=hub.take("attn_pdrop", default=0.1),
-        ),
-        attention_residual=residual,
-        feed_forward=FeedForwardSpec(
-            dim=dim,
-            hidden_dim=hub.take("n_inner", default=4 * dim),
-            activation=hub.activation("activation_function", default="gelu_pytorch_tanh"),
-            bias=True,
-        ),
-        feed_forward_residual=residual,
+    block = plain_block(
+        norm,
+        heads=heads,
+        kv_heads=1 if hub.take("multi_query", default=True) else heads,
+        hidden_dim=hub.take("n_inner", default=4 * dim),
+        activation=hub.activation("activation_function", default="gelu_pytorch_tanh"),
+        bias=True,
+        dropout=hub.take("resid_pdrop", default=0.1),
+        attention_dropout=hub.take("attn_pdrop", default=0.1),
+        scale=None if hub.take("scale_attn_weights", default=True) else 1.0,
     )
     hub.expect("add_cross_attention", False)
     # Precision of 16-bit attention (ours accumulates in float32 anyway), and how one server ran the model.
@@ -110,9 +92,7 @@ def rules(config: TransformerConfig, layout: Layout = "hub") -> tuple[Rule, ...]
     return (
         *outer_rules(config, where, token="wte", norm="ln_f", tokens_head="classifier"),
         rename(under(where, "wpe.{p}"), "embeddings.position.{p}"),
-        split(fused, QKV, (config.dim, attention.head_dim, attention.head_dim))
-        if attention.num_kv_heads == 1
-        else split_heads(fused, QKV, attention.num_heads, (1, 1, 1)),
+        fused_in_turn(fused, attention) if attention.num_kv_heads == 1 else fused_by_group(fused, attention),
         *layer_rules(where, "h.{n}.", names),
         drop(*under(where, "h.{n}.attn.bias", "h.{n}.attn.masked_bias")),  # buffers of older versions
     )

@@ -1,9 +1,9 @@
 """MPT (MosaicML 2023, "Introducing MPT-7B"): pre-LayerNorm without biases anywhere, linear biases for positions, tied
 head.
 
-Not verified against transformers: `alibi_bias_max` other than 8, and `logit_scale`. Its code reads neither; here they
-mean what the model's own remote code makes of them, as remembered: slopes run down to 2 ** -alibi_bias_max, and logits
-are multiplied by logit_scale.
+Not verified against transformers, whose code reads neither: `alibi_bias_max` other than 8, and `logit_scale`. As
+remembered from the model's own remote code, slopes run down to 2 ** -alibi_bias_max, and logits are multiplied by
+logit_scale.
 """
 
 from __future__ import annotations
@@ -12,23 +12,16 @@ from functools import partial
 from typing import Any
 
 from mlxlm.errors import ConfigError
-from mlxlm.layers import (
-    AlibiSpec,
-    AttentionSpec,
-    BlockSpec,
-    EmbeddingsSpec,
-    FeedForwardSpec,
-    LayerNormSpec,
-    ResidualSpec,
-)
+from mlxlm.layers import AlibiSpec, BlockSpec, EmbeddingsSpec, LayerNormSpec
 from mlxlm.models.config import TransformerConfig
-from mlxlm.models.decoders import QKV, assemble, layer_rules, outer_keys, outer_rules, prefixes
+from mlxlm.models.decoders import assemble, layer_rules, outer_keys, outer_rules, prefixes
 from mlxlm.models.family import Family, Layout
 from mlxlm.models.gguf_dialect import GgufDialect, GgufHeader
 from mlxlm.models.gguf_weights import gguf_rules
 from mlxlm.models.heads import LanguageModelHeadSpec
 from mlxlm.models.hub_config import HubConfig
-from mlxlm.models.weights import Rule, split, under
+from mlxlm.models.plain_decoders import fused_in_turn, gguf_keys, logit_scale, plain_block
+from mlxlm.models.weights import Rule, under
 
 _CLASSES = ("MptModel", "MptForCausalLM")
 
@@ -36,17 +29,7 @@ _CLASSES = ("MptModel", "MptForCausalLM")
 def parse(hub: HubConfig) -> TransformerConfig:
     """config.json -> configuration."""
     dim = hub.take("d_model", "hidden_size", default=2048)
-    heads = hub.take("n_heads", "num_attention_heads", default=16)
     norm = LayerNormSpec(dim=dim, eps=hub.take("layer_norm_epsilon", default=1e-5), bias=False)
-    residual = ResidualSpec(norm_in=norm, dropout=hub.take("resid_pdrop", default=0.0))
-    block = BlockSpec(
-        attention=_parse_attention(hub, dim, heads),
-        attention_residual=residual,
-        feed_forward=FeedForwardSpec(
-            dim=dim, hidden_dim=hub.take("expansion_ratio", default=4) * dim, activation="gelu"
-        ),
-        feed_forward_residual=residual,
-    )
     hub.expect("no_bias", True)
     hub.expect("norm_type", "low_precision_layernorm", "layernorm")
     hub.note("learned_pos_emb")  # without effect beside linear biases
@@ -57,50 +40,42 @@ def parse(hub: HubConfig) -> TransformerConfig:
         hub,
         classes=_CLASSES,
         embeddings=embeddings,
-        layers=(block,) * hub.take("n_layers", "num_hidden_layers", default=24),
+        layers=(_parse_block(hub, norm),) * hub.take("n_layers", "num_hidden_layers", default=24),
         norm=norm,
         tied=True,
         spans=True,
         max_length=hub.take("max_seq_len", default=2048),
-        scale=_logit_scale(hub.take("logit_scale", default=None), dim),
+        scale=logit_scale(hub.take("logit_scale", default=None), dim),
     )
 
 
-def _parse_attention(hub: HubConfig, dim: int, heads: int) -> AttentionSpec:
+def _parse_block(hub: HubConfig, norm: LayerNormSpec) -> BlockSpec:
+    heads = hub.take("n_heads", "num_attention_heads", default=16)
     inner = HubConfig({"model_type": "mpt", **(hub.take("attn_config", default={}) or {})})
+    for name in ("prefix_lm", "qk_ln", "attn_uses_sequence_id"):
+        inner.expect(name, False)
     inner.expect("attn_type", "multihead_attention")
-    inner.expect("prefix_lm", False)
-    inner.expect("qk_ln", False)
-    inner.expect("attn_uses_sequence_id", False)
     inner.expect("alibi", True)
     inner.note("attn_impl")
-    attention = AttentionSpec(
-        dim=dim,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=dim // heads,
-        causal=True,
+    block = plain_block(
+        norm,
+        heads=heads,
+        hidden_dim=hub.take("expansion_ratio", default=4) * norm.dim,
+        activation="gelu",
+        bias=False,
+        dropout=hub.take("resid_pdrop", default=0.0),
+        attention_dropout=inner.take("attn_pdrop", default=0.0),
         positions=AlibiSpec(num_heads=heads, max_exponent=float(inner.take("alibi_bias_max", default=8))),
         scale=inner.take("softmax_scale", default=None),
         clip=inner.take("clip_qkv", default=None),
-        dropout=inner.take("attn_pdrop", default=0.0),
     )
     inner.finish()
-    return attention
-
-
-def _logit_scale(value: float | str | None, dim: int) -> float:
-    if value == "inv_sqrt_d_model":
-        return dim**-0.5
-    if isinstance(value, str):
-        raise ConfigError(f"config.json: logit_scale = {value!r}, expected a number or 'inv_sqrt_d_model'")
-    return 1.0 if value is None else float(value)
+    return block
 
 
 def unparse(config: TransformerConfig) -> dict[str, Any]:
     """Configuration -> config.json."""
-    block = config.stack.layers[0]
-    attention = block.attention
+    block, attention = config.stack.layers[0], config.stack.layers[0].attention
     exponent = attention.positions.max_exponent
     scale = config.head.scale if isinstance(config.head, LanguageModelHeadSpec) else 1.0
     return {
@@ -136,7 +111,7 @@ def rules(config: TransformerConfig, layout: Layout = "hub") -> tuple[Rule, ...]
     }
     return (
         *outer_rules(config, where, token="wte", norm="norm_f", tokens_head="classifier"),
-        split(under(where, "blocks.{n}.attn.Wqkv.{p}"), QKV, (config.dim,) * 3),
+        fused_in_turn(under(where, "blocks.{n}.attn.Wqkv.{p}"), config.stack.layers[0].attention),
         *layer_rules(where, "blocks.{n}.", names),
     )
 
@@ -147,34 +122,24 @@ def _read_gguf(header: GgufHeader, values: dict[str, Any]) -> None:
         raise ConfigError(f"GGUF metadata: {header.prefix}feed_forward_length is no multiple of the width")
     header.expect("attention.head_count_kv", values["n_heads"])
     exponent = header.take("attention.max_alibi_bias", 0.0)
+    clip = header.take("attention.clamp_kqv", None)
     values["expansion_ratio"] = ratio
-    values["attn_config"] = {
-        "alibi": exponent > 0,
-        "alibi_bias_max": exponent or 8,
-        "clip_qkv": header.take("attention.clamp_kqv", None),
-    }
+    values["attn_config"] = {"alibi": exponent > 0, "alibi_bias_max": exponent or 8, "clip_qkv": clip}
 
 
 def _write_gguf(config: TransformerConfig) -> dict[str, Any]:
-    block = config.stack.layers[0]
-    given = {
+    block, clip = config.stack.layers[0], config.stack.layers[0].attention.clip
+    return {
         "feed_forward_length": block.feed_forward.hidden_dim,
         "attention.max_alibi_bias": block.attention.positions.max_exponent,
-        "attention.clamp_kqv": block.attention.clip,
+        **({} if clip is None else {"attention.clamp_kqv": clip}),
     }
-    return {name: value for name, value in given.items() if value is not None}
 
 
 GGUF = GgufDialect(
     architecture="mpt",
     model_type="mpt",
-    keys={
-        "context_length": "max_seq_len",
-        "embedding_length": "d_model",
-        "block_count": "n_layers",
-        "attention.head_count": "n_heads",
-        "attention.layer_norm_epsilon": "layer_norm_epsilon",
-    },
+    keys=gguf_keys(length="max_seq_len", width="d_model", layers="n_layers", heads="n_heads", eps="layer_norm_epsilon"),
     rules=partial(gguf_rules, joined=True),
     rotary=False,
     read=_read_gguf,

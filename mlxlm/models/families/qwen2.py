@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlxlm.errors import ConfigError
+from mlxlm.models import layer_types
 from mlxlm.models.config import TransformerConfig
 from mlxlm.models.family import Family
 from mlxlm.models.gated_decoders import GGUF_KEYS, decoder_rules, parse_decoder, unparse_decoder
 from mlxlm.models.gguf_dialect import GgufDialect
 from mlxlm.models.gguf_weights import gguf_rules
 from mlxlm.models.hub_config import HubConfig
+from mlxlm.models.layer_types import FULL, WINDOW
 
 
 def parse_windows(hub: HubConfig) -> tuple[int | None, ...]:
@@ -19,29 +20,19 @@ def parse_windows(hub: HubConfig) -> tuple[int | None, ...]:
     window = hub.take("sliding_window", default=4096)  # stays in the config when it is not used
     window = window if hub.take("use_sliding_window", default=False) else None
     full_layers = hub.take("max_window_layers", default=28)
-    kinds = hub.take("layer_types", default=None)
-    if kinds is None:
-        return tuple(window if index >= full_layers else None for index in range(num_layers))
-    unknown = set(kinds) - {"full_attention", "sliding_attention"}
-    if unknown:
-        raise ConfigError(
-            f"config.json: unknown layer_types {sorted(unknown)}, expected full_attention or sliding_attention"
-        )
-    if "sliding_attention" in kinds and window is None:
-        raise ConfigError("config.json: layer_types has sliding_attention, but there is no sliding_window in use")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    kinds = [FULL if window is None or index < full_layers else WINDOW for index in range(num_layers)]
+    return layer_types.parse_windows(hub, kinds, window)
 
 
 def unparse_windows(config: TransformerConfig) -> dict[str, Any]:
     """The config.json keys that say which layers have a window."""
-    windows = [layer.attention.window for layer in config.stack.layers]
-    kinds = ["full_attention" if window is None else "sliding_attention" for window in windows]
+    windows = layer_types.windows(config)
     window = next((window for window in windows if window is not None), None)
     return {
         "use_sliding_window": window is not None,
         "sliding_window": window,
         "max_window_layers": next((i for i, w in enumerate(windows) if w is not None), len(windows)),
-        "layer_types": kinds,
+        "layer_types": layer_types.unparse_layer_types(config),
     }
 
 

@@ -170,7 +170,7 @@ class FolderJob:
         if self.tokenizer is not None:
             self.tokenizer.save(folder)
         copy_sidecars(source, folder)
-        values = config_values(source.config, source.family, source, names)
+        values = config_values(source.config, source.family, source, names, "mlx" if self.forms else "hub")
         values.pop("quantization", None), values.pop("quantization_config", None)
         if self.forms:
             entry = quantization_entry(self.translator.rules, self.forms)

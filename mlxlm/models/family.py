@@ -22,6 +22,7 @@ class Family:
 
     name: for people.  model_types: values of config.json's `model_type`.  parse: config.json to configuration; it
     accounts for every key.  unparse: the way back.  rules: weight names on disk.  gguf: where GGUF files of it exist.
+    mlx_keys: of config.json, without effect, which mlx-lm can't do without.
     reference: what computes the logits that the tests compare with, default transformers.
     """
 
@@ -32,6 +33,7 @@ class Family:
     rules: Callable[[TransformerConfig, Layout], tuple[Rule, ...]]
     gguf: GgufDialect | None = None
     reference: str = "transformers"
+    mlx_keys: tuple[str, ...] = ()
 
     def read_config(self, values: dict[str, Any], weights: frozenset[str] | None = None) -> TransformerConfig:
         """The configuration that a config.json describes. Raises ConfigError for keys nobody accounts for.

@@ -67,7 +67,7 @@ def save(
     rules = home.rules(model.config, layout)
     parameters = dict(tree_flatten(model.parameters()))
     tensors = to_hub(rules, parameters)
-    values = config_values(model.config, home, source, tensors)
+    values = config_values(model.config, home, source, tensors, layout)
     values.pop("quantization", None), values.pop("quantization_config", None)
     if modules:
         values["quantization"] = values["quantization_config"] = quantization_entry(rules, modules)
@@ -91,16 +91,22 @@ def save(
 
 
 def config_values(
-    config: TransformerConfig, family: Family, source: Source | None, weights: Iterable[str]
+    config: TransformerConfig,
+    family: Family,
+    source: Source | None,
+    weights: Iterable[str],
+    layout: Layout = "hub",
 ) -> dict[str, Any]:
     """The source's own config.json while it still describes the model, else one written anew that keeps its notes.
 
-    weights: names of the tensors on disk.
+    weights: names of the tensors on disk.  layout: "mlx" adds what mlx-lm asks for and the config lacks.
     Raises UsageError when a config.json of this family can't say what the model is.
     """
     if source is not None and source.family is family:
         if source.config == config and "architectures" in source.values:
-            return dict(source.values)
+            extra = family.mlx_keys if layout == "mlx" else ()
+            written = family.unparse(config) if extra else {}
+            return {**{name: written[name] for name in extra}, **source.values}
         values = {**notes(source.values), **family.unparse(config)}
     else:
         values = family.unparse(config)

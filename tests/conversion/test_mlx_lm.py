@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -28,8 +27,6 @@ FAMILIES = {
     "gpt_neox": {"intermediate_size": 512},
     "gpt2": {"n_inner": 512},
 }
-# Keys that mlx-lm asks for and configurations don't depend on.
-MORE_KEYS = {"gpt2": {"n_ctx": 64}}
 TOKENS = mx.array([[3, 9, 27, 31]])
 MIXED = Recipe(default=quantization(4, 32), layers=(("*down_proj", quantization(8, 64)),))
 
@@ -42,14 +39,6 @@ def mlx_lm_utils():
     return utils
 
 
-def source(name: str, wide) -> Path:
-    """The folder of a float model."""
-    folder = wide(name, **FAMILIES[name])
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | MORE_KEYS.get(name, {})))
-    return folder
-
-
 def same(ours: mx.array, theirs: mx.array) -> bool:
     ours, theirs = np.array(ours.astype(mx.float32)), np.array(theirs.astype(mx.float32))
     return bool(np.abs(ours - theirs).max() < 1e-4 * max(1.0, np.abs(theirs).max()))
@@ -59,7 +48,9 @@ def same(ours: mx.array, theirs: mx.array) -> bool:
 def test_mlx_lm_loads_what_we_quantize(name, wide, tmp_path, mlx_lm_utils):
     mixed = name.startswith(("llama", "qwen", "gemma"))
     convert(
-        source(name, wide), tmp_path / "out", MlxTarget(recipe=MIXED if mixed else Recipe(default=quantization(4, 32)))
+        wide(name, **FAMILIES[name]),
+        tmp_path / "out",
+        MlxTarget(recipe=MIXED if mixed else Recipe(default=quantization(4, 32))),
     )
     theirs, _ = mlx_lm_utils.load_model(tmp_path / "out")
     assert same(load_model(tmp_path / "out", quantized=True)(TOKENS), theirs(TOKENS))
@@ -68,7 +59,7 @@ def test_mlx_lm_loads_what_we_quantize(name, wide, tmp_path, mlx_lm_utils):
 # mlx-lm doesn't read float GPT-2 folders whose names begin with "transformer.", as transformers writes them.
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gpt2"])
 def test_we_load_what_mlx_lm_quantizes(name, wide, tmp_path, mlx_lm_utils):
-    model, config = mlx_lm_utils.load_model(source(name, wide))
+    model, config = mlx_lm_utils.load_model(wide(name, **FAMILIES[name]))
     model, config = mlx_lm_utils.quantize_model(model, config, group_size=32, bits=4)
     (tmp_path / "theirs").mkdir()
     mlx_lm_utils.save_model(tmp_path / "theirs", model)

@@ -197,3 +197,14 @@ def test_16_bit_forward_is_within_its_precision(name, dtype, fixture_model, expe
     error = np.abs(np.array(hidden.astype(mx.float32)) - expected["hidden"][:1]).max()
     # Some 10 to 20 roundings to 2^-11 and 2^-8 of numbers of the size of the largest.
     assert error < {"float16": 0.015, "bfloat16": 0.1}[dtype] * np.abs(expected["hidden"]).max()
+
+
+def test_a_key_that_mlx_lm_asks_for_is_written_anew_but_not_into_a_config_that_lacks_it(fixture_model, tmp_path):
+    directory = fixture_model("gpt2")
+    before = json.loads((directory / "config.json").read_text())
+    assert "n_ctx" not in before
+    model = load_model(directory)
+    save(model, None, tmp_path / "copy")
+    assert "n_ctx" not in json.loads((tmp_path / "copy" / "config.json").read_text())
+    written = model.source.family.unparse(model.config)
+    assert written["n_ctx"] == written["n_positions"] == before["n_positions"]

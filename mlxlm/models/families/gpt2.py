@@ -138,4 +138,12 @@ GGUF = GgufDialect(
     read=lambda header, values: header.expect("attention.head_count_kv", values["n_head"]),
 )
 
-FAMILY = Family(name="GPT-2", model_types=("gpt2",), parse=parse, unparse=unparse, rules=rules, gguf=GGUF)
+FAMILY = Family(
+    name="GPT-2",
+    model_types=("gpt2",),
+    parse=parse,
+    unparse=unparse,
+    rules=rules,
+    gguf=GGUF,
+    mlx_keys=("n_ctx",),
+)

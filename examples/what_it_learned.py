@@ -31,6 +31,8 @@ def main() -> None:
     arguments = parser.parse_args()
     import mlx.core as mx
 
+    if not (arguments.run / "model").exists():
+        parser.error(f"{arguments.run} holds no finished run; mlxlm pretrain --resume --output {arguments.run} goes on")
     model, tokenizer = mlxlm.load(arguments.run / "model")
     source = recipe.check(recipe.read(arguments.run / "recipe.yaml")).trainer(resume=True).valid()
     answers: Counter[int] = Counter()

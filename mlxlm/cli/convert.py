@@ -59,7 +59,9 @@ def convert(
     rows: Annotated[int, typer.Option(help="Rows of tokens for calibration, and again for judging.")] = 16,
     length: Annotated[int, typer.Option(help="Tokens of a row.")] = 256,
     perplexity: Annotated[bool, typer.Option("--perplexity", help="Measure it before and after.")] = False,
-    gguf_type: Annotated[str, typer.Option("--type", help="Of matrices in GGUF: F16, Q8_0, Q4_0, ...")] = "F16",
+    gguf_type: Annotated[
+        str | None, typer.Option("--type", help="Of matrices in GGUF: F16 (the default), Q8_0, Q4_0, ...")
+    ] = None,
     gguf_embeddings: Annotated[
         str | None, typer.Option("--embeddings-type", help="Of the table and the head in GGUF; default as the others.")
     ] = None,
@@ -67,7 +69,7 @@ def convert(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what becomes of every tensor, write nothing.")
     ] = False,
-    max_shard_size: Annotated[float, typer.Option(help="Of one safetensors file, in GB.")] = 5.0,
+    max_shard_size: Annotated[float | None, typer.Option(help="Of one safetensors file, in GB; default 5.")] = None,
     upload_to: Annotated[
         str | None, typer.Option("--upload", metavar="OWNER/NAME", help="Put the result on the hub; asks before.")
     ] = None,
@@ -92,14 +94,24 @@ def convert(
         raise UsageError(
             "--bits, --group-size, --mode, --layer, --recipe, --keep, --target-bits and --method go with --to mlx"
         )
+    foreign = {"--type": gguf_type, "--embeddings-type": gguf_embeddings}
+    if to == "gguf":
+        foreign = {"--dtype": dtype, "--max-shard-size": max_shard_size}
+    given = [name for name, value in foreign.items() if value is not None]
+    if given:
+        goes = (
+            "goes with no GGUF file" if to == "gguf" else "goes with GGUF: --to gguf, or an --output that ends in .gguf"
+        )
+        raise UsageError(f"{' and '.join(given)} {goes}")
+    shard = int((5.0 if max_shard_size is None else max_shard_size) * 1e9)
     target: HubTarget | MlxTarget | GgufTarget
     if to == "gguf":
-        target = conversion.GgufTarget(kind=gguf_type, embeddings=gguf_embeddings)  # type: ignore[arg-type]
+        target = conversion.GgufTarget(kind=gguf_type or "F16", embeddings=gguf_embeddings)  # type: ignore[arg-type]
     elif to == "hf":
-        target = conversion.HubTarget(dtype=dtype, max_shard_bytes=int(max_shard_size * 1e9))
+        target = conversion.HubTarget(dtype=dtype, max_shard_bytes=shard)
     else:
         chosen = None if keep else _recipe(bits, group_size, mode, layer or [], recipe, embeddings, head)
-        target = conversion.MlxTarget(recipe=chosen, dtype=dtype, max_shard_bytes=int(max_shard_size * 1e9))
+        target = conversion.MlxTarget(recipe=chosen, dtype=dtype, max_shard_bytes=shard)
     if dry_run:
         _print_plan(model, revision, target, output)
         return

@@ -11,7 +11,6 @@ from mlxlm.cli import options as opt
 
 
 def fuse(
-    model: opt.Model,
     adapter_path: Annotated[
         list[str],
         typer.Option(
@@ -21,6 +20,9 @@ def fuse(
         ),
     ],
     save_path: Annotated[str, typer.Option("--save-path", metavar="FOLDER", help="Where the fused model goes.")],
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="PATH_OR_ID", help="Its model; default the one that mlxlm ships.")
+    ] = None,
     requantize: Annotated[
         bool,
         typer.Option(
@@ -38,7 +40,7 @@ def fuse(
     from mlxlm.models import save
     from mlxlm.peft import merge
 
-    network, tokenizer = opt.load(model, dtype, revision, adapter_path, quantized=requantize)
+    network, tokenizer = opt.load(model or opt.shipped_model(), dtype, revision, adapter_path, quantized=requantize)
     report = merge(network, requantize=requantize)
     if report.errors:
         place = max(report.errors, key=lambda path: report.errors[path])

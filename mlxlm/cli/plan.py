@@ -94,6 +94,8 @@ def _built(model: str, bits: int | None) -> Transformer:
     from mlxlm.models.families import family_of
 
     path = Path(model)
+    if path.suffix == ".gguf":
+        raise UsageError("plan reads a config.json, and a GGUF file has none: convert it first (mlxlm convert)")
     if path.suffix != ".json":
         path = Path(resolve_model(model)) / "config.json"
     values = read_json(path)

@@ -105,7 +105,9 @@ def at(model: nn.Module, path: str) -> Any:
         try:
             node = node[int(step)] if isinstance(node, (list, tuple)) else getattr(node, step)
         except (AttributeError, IndexError, ValueError):
-            raise UsageError(f"the model has no {path}") from None
+            raise UsageError(
+                f"the model has no {path}; an adapter that names it was made for another model (see --model)"
+            ) from None
     return node
 
 

@@ -26,7 +26,7 @@ import mlx.core as mx
 from mlxlm.alignment.tasks import answer_rewards
 from mlxlm.checkpoint import read_json
 from mlxlm.data import Encoding, Rows, encode_rows, pad_examples
-from mlxlm.errors import DataError, UsageError
+from mlxlm.errors import DataError, MlxlmError, UsageError
 
 if TYPE_CHECKING:
     from mlxlm.models import Transformer
@@ -74,11 +74,20 @@ def reward_of(name: str) -> Reward:
 
 def checked(reward: Reward, answered: Sequence[Answered]) -> list[float]:
     """The rewards as numbers. Raises UsageError when there are not as many as answers, or one is no finite number."""
-    found = list(reward(answered))
+    try:
+        found = list(reward(answered))
+    except MlxlmError:
+        raise
+    except Exception as error:  # whatever somebody's function raises
+        raise UsageError(f"the reward function failed with {type(error).__name__}: {error}") from error
     if len(found) != len(answered):
         raise UsageError(f"the reward function gave {len(found)} rewards for {len(answered)} answers")
     for one, value in zip(answered, found, strict=True):
-        if isinstance(value, str) or not math.isfinite(value):
+        try:
+            finite = not isinstance(value, str) and math.isfinite(value)
+        except TypeError:
+            finite = False
+        if not finite:
             raise UsageError(f"the reward function gave {value!r} for the answer {one.answer[:60]!r}")
     return [float(value) for value in found]
 

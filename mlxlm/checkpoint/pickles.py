@@ -112,16 +112,7 @@ def read_pickle(stream: BinaryIO, storages: dict[str, Storage] | None = None) ->
             machine.run(stream)
     except Refused:
         raise
-    except (
-        DeprecationWarning,
-        ValueError,
-        OverflowError,
-        struct.error,
-        IndexError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except _MALFORMED as error:
         raise Refused(f"it is malformed ({str(error)[:200] or type(error).__name__})") from error
     return machine.result()
 
@@ -135,6 +126,7 @@ _MALFORMED = (
     KeyError,
     TypeError,
     AttributeError,
+    RecursionError,
 )
 
 

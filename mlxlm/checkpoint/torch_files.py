@@ -243,7 +243,8 @@ def _read_legacy(stream: BinaryIO, size: int) -> tuple[Any, _Starts]:
     storages: dict[str, Storage] = {}
     version, machine, value, keys = (read_pickle(stream, storages) for _ in range(4))
     if version != _VERSION:
-        raise Refused(f"it is of version {version!r}, not {_VERSION}")
+        told = version if isinstance(version, int) else f"a {type(version).__name__}"
+        raise Refused(f"it is of version {told}, not {_VERSION}")
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(keys) > _MAX_STORAGES:
         raise Refused("it doesn't list its storages")
     if isinstance(machine, dict) and machine.get("little_endian") is False:

@@ -103,7 +103,10 @@ def convert(
             "goes with no GGUF file" if to == "gguf" else "goes with GGUF: --to gguf, or an --output that ends in .gguf"
         )
         raise UsageError(f"{' and '.join(given)} {goes}")
-    shard = int((5.0 if max_shard_size is None else max_shard_size) * 1e9)
+    size = 5.0 if max_shard_size is None else max_shard_size
+    if not 0.0 < size < float("inf"):
+        raise UsageError(f"--max-shard-size is {size:g}; expected GB, a number above 0")
+    shard = max(int(size * 1e9), 1)
     target: HubTarget | MlxTarget | GgufTarget
     if to == "gguf":
         target = conversion.GgufTarget(kind=gguf_type or "F16", embeddings=gguf_embeddings)  # type: ignore[arg-type]

@@ -38,6 +38,9 @@ def launch(command: Sequence[str], count: int, *, restarts: int = 0, resume: Seq
     again = [word for word in resume if word not in command]
     for attempt in range(restarts + 1):
         status, reason, stopped = _attempt([*command, *(again if attempt else [])], count)
+        if attempt and again and status == _USER_MISTAKE and not stopped:
+            say("there is nothing to go on from; starting from the beginning")
+            status, reason, stopped = _attempt(command, count)
         if status in (0, _USER_MISTAKE) or stopped:
             return status
         say(f"the run ended: {reason}")
@@ -160,7 +163,8 @@ def launch_on_hosts(command: Sequence[str], hostfile: Path, *, count: int | None
         raise UsageError(f"{hostfile} can't be read: {error.strerror}") from None
     except ValueError:
         hosts = None
-    if not (isinstance(hosts, list) or (isinstance(hosts, dict) and "hosts" in hosts)):
+    listed = hosts.get("hosts") if isinstance(hosts, dict) else hosts
+    if not isinstance(listed, list) or not listed or not all(isinstance(host, dict) for host in listed):
         raise UsageError(f"{hostfile}: expected a JSON list of hosts, as mlx.distributed_config writes it")
     words = ["mlx.launch", "--hostfile", str(hostfile), "--backend", backend]
     words += [] if count is None else ["--repeat-hosts", str(count)]

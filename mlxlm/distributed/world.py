@@ -20,7 +20,6 @@ from mlxlm.errors import DistributedError, MlxlmError, UsageError
 if TYPE_CHECKING:
     from mlxlm.distributed.communicator import Comm
 
-BACKENDS = ("ring", "mpi", "jaccl", "nccl")
 # What a backend of mx.distributed can do by itself; links do the rest. Sends between pairs always take links: they
 # exist in one or another form in every backend, but only here with a time limit and without an order to keep.
 SPLITS, SCATTERS = frozenset({"mpi", "nccl"}), frozenset({"jaccl", "nccl"})

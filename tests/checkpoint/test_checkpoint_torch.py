@@ -188,6 +188,21 @@ def test_bombs_are_stopped_early(monkeypatch):
         read_pickle(io.BytesIO(b"\x80\x02" + b"N" * 3000))
 
 
+def test_deep_nesting_is_refused():
+    rebuild, kind = b"ctorch._tensor\n_rebuild_from_type_v2\n", b"ctorch\nTensor\n"
+    deep = b"\x80\x02" + rebuild + (b"(" + rebuild + kind) * 5000 + b"(t" + b"Nt" * 5000 + b"R."
+    with pytest.raises(Refused):
+        read_pickle(io.BytesIO(deep))
+
+
+def test_a_version_that_is_no_number_is_not_shown(tmp_path):
+    nested = b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."
+    path = tmp_path / "pytorch_model.bin"
+    path.write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, 2) + nested + pickle.dumps({}, 2) * 2 + pickle.dumps([], 2))
+    with pytest.raises(CheckpointError, match="of version a list"):
+        open_torch(path)
+
+
 def test_names_in_a_zip_archive_that_are_no_text_are_refused(tmp_path):
     path = archive(tmp_path / "a.bin", GOOD)
     with zipfile.ZipFile(path, "a") as file:

@@ -174,6 +174,18 @@ def test_the_launcher_restarts_what_failed_and_names_who(tmp_path, capfd):
     assert launch(flaky, 2, say=said.append) == 128 + signal.SIGKILL
 
 
+def test_a_restart_before_the_first_checkpoint_begins_anew(tmp_path):
+    said = []
+    flaky = script(
+        "import os, sys, pathlib; rank = os.environ['MLX_RANK']\n"
+        "if '--resume' in sys.argv: sys.exit(2)\n"
+        f"first = pathlib.Path({str(tmp_path / 'first')!r} + rank)\n"
+        "if not first.exists() and rank == '1': first.touch(); os.kill(os.getpid(), 9)"
+    )
+    assert launch(flaky, 2, restarts=1, resume=("--resume",), say=said.append) == 0
+    assert said[-1] == "there is nothing to go on from; starting from the beginning"
+
+
 def test_the_launcher_tells_the_cause_from_those_who_noticed(capfd):
     said = []
     noticed = "import os, sys, time; rank = os.environ['MLX_RANK']; time.sleep(0.4 * (rank == '1'))\n"

@@ -420,10 +420,11 @@ def test_a_value_of_the_wrong_type_is_a_config_error(changes):
 
 def test_a_file_without_metadata_loads(fixture_model):
     directory = fixture_model("llama")
+    expected = load_model(directory)(mx.array([[1, 2, 3]]))
     tensors = {name: mx.array(array) for name, array in mx.load(str(directory / "model.safetensors")).items()}
     mx.eval(tensors)
     mx.save_safetensors(str(directory / "model.safetensors"), tensors)
-    load_model(directory)
+    assert mx.array_equal(load_model(directory)(mx.array([[1, 2, 3]])), expected).item()
 
 
 def test_a_model_is_not_saved_onto_a_file(fixture_model, tmp_path):

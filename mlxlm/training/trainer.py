@@ -231,7 +231,8 @@ class Trainer:
             # The source is now at the end of these batches; the next ones are fetched before the step is over.
             position, tokens = self.source.state(), _tokens(batches)
             outcome = self.step(batches, settings.rate(progress.step))
-            mx.async_eval(self.step.state, outcome.loss, outcome.count, outcome.norm, outcome.valid)
+            with self.communicator.waiting(f"step {progress.step + 1}"):
+                mx.async_eval(self.step.state, outcome.loss, outcome.count, outcome.norm, outcome.valid)
             # The next batches are made while the device works.
             batches = self._fetch() if progress.step + 1 < settings.steps else []
             with self.communicator.waiting(f"step {progress.step + 1}"):

@@ -81,6 +81,11 @@ def test_parameters_are_arrays_again_afterwards(fixture_model):
 
 
 def peak_of_adapters(layers: int) -> int:
+    """The least of three measurements, since other work on the machine can make a peak larger but never smaller."""
+    return min(one_peak_of_adapters(layers) for _ in range(3))
+
+
+def one_peak_of_adapters(layers: int) -> int:
     """Bytes that the gradient of low-rank adapters takes at its peak, in a model of wide feed-forward layers."""
     values = {
         "model_type": "llama", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 4096,
@@ -116,10 +121,11 @@ def test_no_layer_keeps_its_activations_for_the_gradient_of_its_weights(monkeypa
     array = WIDE * 4096 * 4
     limit = mx.set_memory_limit(1)  # MLX then waits for each operation, so that the clock can't change a peak
     try:
-        growth = (peak_of_adapters(6) - peak_of_adapters(2)) / 4
+        growth = (peak_of_adapters(14) - peak_of_adapters(2)) / array
         monkeypatch.setattr(transformer, "recomputed", mx.checkpoint)
-        usual = (peak_of_adapters(6) - peak_of_adapters(2)) / 4
+        usual = (peak_of_adapters(14) - peak_of_adapters(2)) / array
     finally:
         mx.set_memory_limit(limit)
-    assert growth < 0.1 * array
-    assert usual > 0.2 * array, "mx.checkpoint has learned it: `recomputed` can go"
+    # One array more or less is the order of the moment.
+    assert growth < 2, "12 layers more"
+    assert usual > 3, "mx.checkpoint has learned it: `recomputed` can go"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from training_runs import Fixed, Rows, tiny_model, weights_of
 
+from mlxlm import runtime
 from mlxlm.errors import DataError, TrainingError, UsageError
 from mlxlm.training import Console, MetricsFile, Reporter, Trainer, TrainSettings, WordLoss, read_metrics
 
@@ -427,4 +428,13 @@ def test_metrics_are_written_a_line_a_report_and_the_console_says_the_same(tmp_p
     assert {"loss", "learning_rate", "tokens_per_second", "memory", "gradient_norm"} <= rows[0].keys()
     shown = capsys.readouterr().err
     assert f"step 4/4  loss {rows[1]['loss']:.4f}" in shown
+    assert "16 bits" not in shown
     assert f"validation loss {rows[2]['valid_loss']:.4f}" in shown
+
+
+@pytest.mark.skipif(runtime.backend() != "cpu", reason="for the CPU")
+def test_the_console_says_that_16_bits_are_slow_on_a_cpu(capsys):
+    training, _ = trainer(Rows(), steps=1, dtype="bfloat16")
+    training.reporters.append(Console())
+    training.run()
+    assert "dtype bfloat16: on the CPU products of 16 bits are about ten times slower" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 import mlxlm
+from mlxlm.objectives.words import unusable
 from mlxlm.training import recipe
 
 NOT_GIVEN = ("tokens", "targets", "next_sentence_labels")
@@ -35,6 +36,7 @@ def main() -> None:
         parser.error(f"{arguments.run} holds no finished run; mlxlm pretrain --resume --output {arguments.run} goes on")
     model, tokenizer = mlxlm.load(arguments.run / "model")
     source = recipe.check(recipe.read(arguments.run / "recipe.yaml")).trainer(resume=True).valid()
+    marks = sorted(unusable(tokenizer))  # sentinels, ends and the like are no words
     answers: Counter[int] = Counter()
     rng = np.random.default_rng(0)
 
@@ -50,7 +52,7 @@ def main() -> None:
         logits = model(mx.array(batch["tokens"]), **given)
         best = np.array(mx.argpartition(-logits, 5, axis=-1)[..., :5])
         first = np.array(logits.argmax(-1))
-        hidden = batch["targets"] != -100
+        hidden = (batch["targets"] != -100) & ~np.isin(batch["targets"], marks)
         answers.update(batch["targets"][hidden].tolist())
         found += int((first == batch["targets"])[hidden].sum())
         among += int((best == batch["targets"][..., None]).any(-1)[hidden].sum())

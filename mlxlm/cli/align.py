@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from mlxlm.cli import options as opt
 from mlxlm.cli.align_flags import ALIGN_FLAGS
@@ -18,13 +16,9 @@ if TYPE_CHECKING:
 @with_flags(ALIGN_FLAGS)
 def align(
     model: opt.ModelOrShipped = None,
-    adapter_path: Annotated[
-        str | None, typer.Option("--adapter-path", metavar="FOLDER", help="Where the result goes, default adapters.")
-    ] = None,
-    config: Annotated[
-        str | None, typer.Option("--config", "-c", metavar="FILE", help="YAML with the same names; flags win.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder, exactly.")] = False,
+    adapter_path: opt.AdapterOutput = None,
+    config: opt.ConfigFile = None,
+    resume: opt.Resume = False,
     **flags: Any,
 ) -> None:
     """Align a model with preferences or rewards, and show what changed.

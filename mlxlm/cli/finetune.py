@@ -22,13 +22,9 @@ if TYPE_CHECKING:
 @with_flags(FLAGS)
 def finetune(
     model: opt.ModelOrShipped = None,
-    adapter_path: Annotated[
-        str | None, typer.Option("--adapter-path", metavar="FOLDER", help="Where the result goes, default adapters.")
-    ] = None,
-    config: Annotated[
-        str | None, typer.Option("--config", "-c", metavar="FILE", help="YAML with the same names; flags win.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder, exactly.")] = False,
+    adapter_path: opt.AdapterOutput = None,
+    config: opt.ConfigFile = None,
+    resume: opt.Resume = False,
     mesh: opt.MeshFlag = None,
     train: Annotated[bool, typer.Option("--train", help="No effect: training is what this does.", hidden=True)] = True,
     **flags: Any,

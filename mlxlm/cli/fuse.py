@@ -20,9 +20,7 @@ def fuse(
         ),
     ],
     save_path: Annotated[str, typer.Option("--save-path", metavar="FOLDER", help="Where the fused model goes.")],
-    model: Annotated[
-        str | None, typer.Option("--model", metavar="PATH_OR_ID", help="Its model; default the one that mlxlm ships.")
-    ] = None,
+    model: opt.ModelOrShipped = None,
     requantize: Annotated[
         bool,
         typer.Option(

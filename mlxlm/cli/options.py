@@ -32,6 +32,13 @@ AdapterPath = Annotated[
         help="An adapter to use (of PEFT, mlx-lm, adapters, mlxlm); several, as FOLDER=WEIGHT, are added up.",
     ),
 ]
+AdapterOutput = Annotated[
+    str | None, typer.Option("--adapter-path", metavar="FOLDER", help="Where the result goes, default adapters.")
+]
+ConfigFile = Annotated[
+    str | None, typer.Option("--config", "-c", metavar="FILE", help="YAML with the same names; flags win.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder, exactly.")]
 ModelOrShipped = Annotated[
     str | None,
     typer.Option(

@@ -29,8 +29,9 @@ from mlxlm.models import Transformer, load, save
 from mlxlm.training import Evaluation, Result, Trainer, TrainSettings
 from mlxlm.training import plan as plans
 from mlxlm.training.finetune.data import length_limit, read_rows
-from mlxlm.training.finetune.run import adapted, adapter_folder, check_folder, keep_settings, train_settings
+from mlxlm.training.finetune.run import adapted, check_folder, keep_settings, train_settings
 from mlxlm.training.finetune.settings import MAY_CHANGE
+from mlxlm.training.finetune.unshared import adapter_folder
 from mlxlm.training.reporters import Reporter
 from mlxlm.training.step import dtype_of
 

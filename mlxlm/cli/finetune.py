@@ -26,6 +26,8 @@ def finetune(
     config: opt.ConfigFile = None,
     resume: opt.Resume = False,
     mesh: opt.MeshFlag = None,
+    zero: opt.Zero = 0,
+    schedule: opt.Schedule = "1f1b",
     train: Annotated[bool, typer.Option("--train", help="No effect: training is what this does.", hidden=True)] = True,
     **flags: Any,
 ) -> None:
@@ -38,7 +40,7 @@ def finetune(
     """
     given = {"model": model, "adapter_path": adapter_path, **flags}
     given = {name: value for name, value in given.items() if value is not None}
-    with opt.joined(mesh, axes=("dp",)) as group:
+    with opt.joined(mesh, zero, schedule) as group:
         outcome = _run(given, config, resume, group)
     if outcome.stopped:
         end_early("finetune", outcome.result, outcome.settings.adapter_path)
@@ -59,7 +61,7 @@ def end_early(verb: str, result: Result, folder: str) -> NoReturn:
 
 
 def _run(given: dict[str, Any], config: str | None, resume: bool, group: Joined) -> Outcome:
-    """The run that flags and file ask for, done.  group: the processes that share its rows."""
+    """The run that flags and file ask for, done.  group: the processes that share it."""
     from mlxlm.training import Console, MetricsFile
     from mlxlm.training.finetune import FinetuneSettings
     from mlxlm.training.finetune import finetune as run
@@ -68,7 +70,7 @@ def _run(given: dict[str, Any], config: str | None, resume: bool, group: Joined)
 
     settings = FinetuneSettings.from_json(values_of(given, config, resume, SETTINGS))
     console = Console()
-    outside = [reporter(name, settings.folder) for name in settings.report_to]
+    outside = [reporter(name, settings.folder) for name in settings.report_to if group.first]
     reporters = [console, MetricsFile(settings.folder), *outside]
     say = console.on_message if group.first else (lambda text: None)
     return run(settings, reporters if group.first else [], resume=resume, say=say, joined=group)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import sys
 from pathlib import Path
@@ -77,7 +76,7 @@ def pretrain(
         outside = [reporter(name, checked.folder) for name in checked.values["report_to"]] if group.first else []
         reporters = [Console(), MetricsFile(checked.folder), *outside] if group.first else []
         trainer = checked.trainer(reporters, resume=resume, joined=group)
-        with checked.held() if group.alone else contextlib.nullcontext():
+        with checked.held(joined=group):
             result = trainer.run(resume=resume)
     if group.first or result.reason in ("SIGINT", "SIGTERM"):
         _tell(result, checked.folder)

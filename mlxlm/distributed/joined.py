@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlm.data import ColumnShare, RowShare
 from mlxlm.distributed.mesh import AXES, Mesh, parse_mesh
@@ -66,9 +68,29 @@ class Joined:
             source = RowShare(source, place["dp"], self.mesh.dp)
         return source if self.mesh.sp == 1 else ColumnShare(source, place["sp"], self.mesh.sp)
 
-    def save(self, model: Transformer, write: Callable[[Transformer], None]) -> None:
-        """Let the first process write the whole model; the others give it their parts and wait."""
-        whole = model if self.parallel is None else self.parallel.whole(model)
+    def serving(self) -> AbstractContextManager[None]:
+        """A while in which all processes call the model together, on whole rows, as generation needs it."""
+        return nullcontext() if self.parallel is None else self.parallel.serving()
+
+    def save(
+        self,
+        model: Transformer,
+        write: Callable[[Transformer], None],
+        like: Callable[[], Transformer] | None = None,
+    ) -> None:
+        """Let the first process write the whole model; the others give it their parts and wait.
+
+        like: gives a model with the same adapter, whole, into which what is trained is put, and nothing else; default
+        for a model without adapters.
+        """
+        whole: Transformer | None = model
+        if self.parallel is not None and like is None:
+            whole = self.parallel.whole(model)
+        elif self.parallel is not None and like is not None:
+            whole = like()
+            trained = tree_flatten(whole.trainable_parameters())
+            arrays = self.parallel.put_together(model, {name: array.shape for name, array in trained})
+            whole.update(tree_unflatten(list(arrays.items())))
         with self.world.first_alone():
             if self.first and whole is not None:
                 write(whole)

@@ -43,6 +43,8 @@ class Links:
 
     exchange: gives a text of every rank to all of them, in the order of the ranks.  host: where this rank listens, as
     others reach it.  on_lost: called from a thread with a rank whose connection ended without a farewell.
+
+    Attribute machines: the name of each rank's.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Links:
         everyone = [json.loads(text) for text in exchange(json.dumps(own))]
         self._token = everyone[0]["token"].encode()
         local = own["machine"]
+        self.machines = [one["machine"] for one in everyone]
         self._addresses = [
             ("127.0.0.1" if one["machine"] == local else one["host"], one["port"]) for one in everyone
         ]  # fmt: skip

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -17,7 +17,7 @@ from mlxlm.distributed.communicator import Comm
 from mlxlm.distributed.mesh import Mesh
 from mlxlm.distributed.pieces import Piece
 from mlxlm.distributed.pipeline import Pipeline
-from mlxlm.distributed.ring_attention import share_rows
+from mlxlm.distributed.ring_attention import share_rows, take_whole_rows
 from mlxlm.distributed.stages import StagePlan, split_stages
 from mlxlm.distributed.tensor_parallel import share_tensors
 from mlxlm.distributed.tensor_plan import TensorPlan
@@ -54,7 +54,7 @@ class Parallel:
         if zero not in (0, 1, 2, 3):
             raise UsageError(f"zero is {zero!r}; expected 0, 1, 2 or 3")
         mesh.check(model.config)
-        self.world, self.mesh, self.zero, self.config = world, mesh, zero, model.config
+        self.world, self.mesh, self.zero, self.config, self.model = world, mesh, zero, model.config, model
         self.place = mesh.place(world.rank)
         self.data = world.comm(mesh.groups("dp", "sp"), "data")
         self.tensor = world.comm(mesh.groups("tp"), "tensor")
@@ -215,12 +215,24 @@ class Parallel:
         return run
 
     def serve(self, wanted: bool = True) -> None:
-        """From now on calls of the model go through all stages of a pipeline, as generation needs it, or no longer.
+        """From now on calls of the model are of whole rows and go through all stages of a pipeline, as generation needs
+        it, or no longer.
 
         All processes of a replica must then make the same calls.
         """
         if self.pipeline is not None:
             self.pipeline.model.relay(self.pipeline.comm if wanted else None)
+        if self.mesh.sp > 1:
+            take_whole_rows(self.model, wanted)
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """`serve` for a while, between the steps of a run."""
+        self.serve()
+        try:
+            yield
+        finally:
+            self.serve(False)
 
     # ------------------------------------------------------------------------------------------------ around steps
 
@@ -317,10 +329,19 @@ class Parallel:
         """
         with mx.stream(mx.cpu):
             complete = Transformer(self.config)
-        held = dict(tree_flatten(model.parameters()))
         shapes = {name: array.shape for name, array in tree_flatten(complete.parameters())}
-        if held.keys() - shapes.keys():
+        if {name for name, _ in tree_flatten(model.parameters())} - shapes.keys():
             raise UsageError("a model with adapters can't be put together from its parts; save the adapters alone")
+        arrays = self.put_together(model, shapes)
+        if not self.first:
+            return None
+        complete.update(tree_unflatten(list(arrays.items())))
+        complete.source = getattr(model, "source", None)
+        return complete.eval()
+
+    def put_together(self, model: Transformer, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
+        """Whole parameters of the model in the first process; none in the others.  shapes: of those wanted, by name."""
+        held = dict(tree_flatten(model.parameters()))
         arrays: Arrays = {}
         for name, shape in shapes.items():
             sharded = name in self._in_layers or (self.zero == 3 and ".layers." in name and self.data.size > 1)
@@ -341,8 +362,4 @@ class Parallel:
                         arrays.setdefault(name, mx.zeros(shape, dtype=part.dtype))
                         arrays[name][piece.slices((0,) * len(shape))] = part
             mx.eval(arrays.get(name))
-        if not self.first:
-            return None
-        complete.update(tree_unflatten(list(arrays.items())))
-        complete.source = getattr(model, "source", None)
-        return complete.eval()
+        return arrays

@@ -166,6 +166,8 @@ class _Ring:
 
     def attend(self, query: mx.array, key: mx.array, value: mx.array, scope: Any, cache: Any = None) -> mx.array:
         """See `Attention.attend`."""
+        if self._whole_rows:
+            return super().attend(query, key, value, scope, cache)
         comm, length = self._ring, key.shape[2]
         if cache is not None or scope.prefix is not None or scope.virtual:
             raise UsageError("rows shared by processes go with no cache and no virtual tokens: they are for training")
@@ -188,6 +190,8 @@ class _Ring:
         return ring_attention(comm, query, key, value, parts, scale=self.scale, softcap=own.softcap)
 
     def _attend_to_memory(self, x: mx.array, scope: Any, cache: Any, memory: mx.array) -> mx.array:
+        if self._whole_rows:
+            return super()._attend_to_memory(x, scope, cache, memory)
         self._refuse_dropout()
         query = self.query_norm(self._heads(self.query(x)))
         key, value = self._keys_and_values(memory)
@@ -229,7 +233,16 @@ def share_rows(model: Transformer, comm: Comm) -> None:
             raise UsageError("rounded linear biases depend on the whole row: no rule for sequence parallelism")
         if type(module) in _KINDS:
             module.__class__ = _KINDS[type(module)]
-            module._ring = comm
+            module._ring, module._whole_rows = comm, False
+
+
+def take_whole_rows(model: Transformer, wanted: bool) -> None:
+    """Let a model that shares rows work on whole ones, each process by itself, as generation needs it; or no longer."""
+    comm = next(module._ring for module in model.modules() if isinstance(module, _Ring))
+    model._parts = (0, 1) if wanted else (comm.index, comm.size)
+    for module in model.modules():
+        if isinstance(module, _Ring):
+            module._whole_rows = wanted
 
 
 def _moved(mask: AttentionMask, start: int, length: int) -> AttentionMask:

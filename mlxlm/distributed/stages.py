@@ -290,6 +290,6 @@ def split_stages(model: Transformer, plan: StagePlan, stage: int) -> None:
         for name in ("head", "pooler"):
             if name in model:
                 del model[name]
-    model.__class__ = StageTransformer
+    model.__class__, model._alone = StageTransformer, False
     model._stages, model._stage, model._relay, model._memory = plan, stage, None, None
     model._given = {}

@@ -172,7 +172,8 @@ def share_tensors(model: Transformer, comm: Comm) -> dict[str, Piece]:
     pieces = {name: plan.piece(name, array.shape) for name, array in arrays.items()}
     if comm.size == 1:
         return pieces
-    _refuse_prefixes(model)
+    _refuse_adapters(model)
+    model._alone = False
     for path, module in model.named_modules():
         _give_class(model, path, module, comm)
     cut = [(name, pieces[name].cut(array)) for name, array in arrays.items() if not pieces[name].is_whole]
@@ -184,6 +185,11 @@ def _give_class(model: Transformer, path: str, module: nn.Module, comm: Comm) ->
     """Turn a module into the one that shares its work, where there is one."""
     plain = ".".join(step for step in path.split(".") if step != "base")
     kind = type(module)
+    changed, _, rest = plain.partition(".adapters.")
+    if rest.endswith(".dropout") and ROW.search(changed) and kind is nn.Dropout:
+        kind = module.__class__ = ShardDropout  # of the inputs of a low-rank change, of which each rank has others
+        module._comm = comm
+        return
     if kind is Attention:
         module.__class__ = SharedAttention
     elif kind is FeedForward:
@@ -208,6 +214,14 @@ def _give_class(model: Transformer, path: str, module: nn.Module, comm: Comm) ->
     module._comm = comm
 
 
-def _refuse_prefixes(model: Transformer) -> None:
+def _refuse_adapters(model: Transformer) -> None:
     if model.prompt is not None and any(model.prompt.prefixes(stack) for stack in ("encoder", "decoder")):
         raise UsageError("prefix tuning has no rule for tensor parallelism; use data parallelism alone")
+    for path, module in model.named_modules():
+        changed, found, _ = path.partition(".adapters.")
+        on_input = getattr(module, "on_input", None)  # of what is rescaled
+        if found and on_input is not None and on_input != bool(ROW.search(changed)):
+            raise UsageError(
+                f"{changed}: tensor parallelism has no rule for rescaling {'inputs' if on_input else 'outputs'} there; "
+                "rescale outputs of query, key, value, gate and up, inputs of output and down"
+            )

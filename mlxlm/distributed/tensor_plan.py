@@ -10,7 +10,8 @@
 | everything else | whole |
 
 Shoeybi et al. 2019, arXiv:1909.08053 (Megatron-LM), section 3. Quantized weights are cut as float ones are, their
-scales and biases along with them; low-rank adapters as the layer that they change.
+scales and biases along with them; adapters as the layer that they change: low-rank ones on the side where it is cut,
+rescaling vectors with its outputs or inputs.
 """
 
 from __future__ import annotations
@@ -60,6 +61,12 @@ class TensorPlan:
         if self.ranks == 1:
             return whole
         path, kind, adapter = _parts(name)
+        of_words = (path == "head.output" and self.config.predicts_words) or (path == TABLE and kind == "magnitude")
+        if adapter and of_words:
+            raise UsageError(
+                f"{name}: an adapter of a matrix whose rows are words has no rule for tensor parallelism; leave it out "
+                "of the targets, or use data parallelism alone"
+            )
         # A head for labels has an output too, but that stays whole.
         if (path == TABLE or (path in WORDS and self.config.predicts_words)) and not adapter:
             return whole.within(0, *share(shape[0], self.ranks, self.index))
@@ -83,7 +90,7 @@ class TensorPlan:
             return True
         if adapter:
             column = COLUMN.search(path) or KEY_VALUE.search(path)
-            if column and kind == "lora_b" and KEY_VALUE.search(path) and self._copies(path):
+            if kind in ("lora_b", "magnitude", "scale") and KEY_VALUE.search(path) and self._copies(path):
                 return True
             return bool((column and kind == "lora_a") or (ROW.search(path) and kind == "lora_b"))
         return bool(ROW.search(path)) and kind == "bias"
@@ -103,11 +110,11 @@ class TensorPlan:
             return 1 if row else None
         if kind == "lora_b":
             return None if row else 0
-        if kind == "magnitude" and not row:
+        if kind == "scale" or (kind == "magnitude" and not row):
             return 0
         raise UsageError(
-            f"{name}: adapters of this kind have no rule for tensor parallelism; use LoRA (DoRA on query, key, value, "
-            "gate and up), or data parallelism alone"
+            f"{name}: adapters of this kind have no rule for tensor parallelism; use LoRA, IA3 (DoRA on query, key, "
+            "value, gate and up), or data parallelism alone"
         )
 
     def _range(self, path: str, total: int, name: str) -> tuple[int, int]:

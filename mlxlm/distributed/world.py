@@ -94,6 +94,11 @@ class World:
         return self._comms[key]
 
     @property
+    def processes_here(self) -> int:
+        """How many of the ranks are on this machine and share its memory, this one included."""
+        return 1 if self.links is None else self.links.machines.count(self.links.machines[self.rank])
+
+    @property
     def everyone(self) -> Comm:
         """The communicator of all ranks."""
         return self.comm([tuple(range(self.size))], "world")

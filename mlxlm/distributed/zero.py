@@ -75,7 +75,8 @@ class _Gathering:
         trained = dict(tree_flatten(self.trainable_parameters()))
         frozen = {name: array for name, array in held.items() if name not in trained}
         arrays = assembled(self._comm, trained, self._rows) if trained else {}
-        arrays |= whole(self._comm, frozen, self._rows)
+        # One communication waits for the one before it, which may be differentiated; quantized weights can't be.
+        arrays |= {name: mx.stop_gradient(array) for name, array in whole(self._comm, frozen, self._rows).items()}
         self.update(tree_unflatten(list(arrays.items())))
         try:
             return super().__call__(*arguments)
@@ -97,6 +98,7 @@ _KINDS: dict[type[nn.Module], type[nn.Module]] = {Block: ShardedBlock, ParallelB
 def shard_layers(model: Transformer, comm: Comm) -> set[str]:
     """Keep this rank's shard of all arrays in the layers of a model, in place; their names."""
     names = set()
+    model._alone = False
     for stack in ("encoder", "decoder"):
         for number, layer in enumerate(getattr(model, stack).layers if hasattr(model, stack) else ()):
             if type(layer) not in _KINDS:

@@ -81,12 +81,12 @@ def make_step(model: Transformer, stepping: Stepping | None = None) -> Step:
     """A function of tokens (B,) and a cache that gives the logits (B, V) of what follows, and fills the cache.
 
     Compiled steps hold on to the weights that the model has now. They are for models with one stack and no virtual
-    tokens, in evaluation mode; others take the plain step.
+    tokens, all in this process, in evaluation mode; others take the plain step.
     """
     stepping = default_stepping() if stepping is None else stepping
     if stepping.joined and not model.training:
         model.join_projections()
-    simple = not model.config.has_memory and model.prompt is None
+    simple = not model.config.has_memory and model.prompt is None and model._alone
     if stepping.compiled != "no" and simple and not model.training:
         return _compiled_step(model, stepping.compiled)
     return lambda tokens, cache: model(tokens[:, None], cache=cache)[:, -1]

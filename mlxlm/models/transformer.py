@@ -141,6 +141,8 @@ class Transformer(nn.Module):
         self.prompt: VirtualTokens | None = None
         # Which of how many equal parts of every row this model is given. No parameter to mlx.nn.
         self._parts = (0, 1)
+        # Whether all of it is in this process, so that calls of it talk to no other.
+        self._alone = True
         self.embeddings = config.embeddings.build()
         if config.encoder is not None:
             self.encoder = Stack(config.encoder)

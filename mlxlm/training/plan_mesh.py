@@ -18,7 +18,7 @@ from typing import NamedTuple
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlxlm.distributed import Mesh
+from mlxlm.distributed import Joined, Mesh
 from mlxlm.distributed.buckets import BUCKET_BYTES
 from mlxlm.distributed.parallel import ELEMENTWISE
 from mlxlm.distributed.pipeline import order
@@ -28,7 +28,7 @@ from mlxlm.errors import UsageError
 from mlxlm.layers import AttentionSpec, BlockSpec, ParallelBlockSpec
 from mlxlm.models import Transformer, TransformerConfig
 from mlxlm.models.config import StackSpec
-from mlxlm.training.plan import MemoryPlan, PlanSettings, loss_bytes
+from mlxlm.training.plan import MemoryPlan, MemoryPlanError, PlanSettings, loss_bytes, readable, working_set
 from mlxlm.training.plan_activations import Activations, Trained, stack_activations
 from mlxlm.training.plan_weights import STATES, WIDTHS, Weights
 from mlxlm.training.step import JOINED
@@ -77,6 +77,44 @@ class Layout:
             raise UsageError(f"sp={self.mesh.sp}: rows have {settings.length} tokens")
         if (self.sharded or self.mesh.tp > 1) and settings.optimizer not in ELEMENTWISE:
             raise UsageError(f"{settings.optimizer} looks at whole matrices; use {' or '.join(ELEMENTWISE)}")
+
+
+def plan_here(
+    model: Model, settings: PlanSettings, joined: Joined, *, refuse: bool, limit: int | None = None
+) -> MemoryPlan:
+    """The plan of this process of a run; all processes call it together.
+
+    settings: of all processes together.  refuse: whether to raise MemoryPlanError, in all of them, where one can't fit.
+    limit: bytes of this process, default an equal part of its machine's working set.
+    """
+    layout = Layout(mesh=joined.mesh, zero=joined.zero, schedule=joined.schedule)
+    shares, stage = Shares(model), joined.mesh.place(joined.world.rank)["pp"]
+    plan = memory_of(shares.of(layout, settings)[stage])
+    if not refuse:
+        return plan
+    limit = working_set() // joined.world.processes_here if limit is None else limit
+    problem = ""
+    if plan.peak > limit:
+        problem = (
+            f"a step needs {readable(plan.peak)} in rank {joined.world.rank}, but {readable(limit)} may be used there"
+            f"{_what_would_fit(shares, settings, layout, stage, limit)}"
+        )
+    problems = [text for text in joined.world.texts(problem, "the memory plan") if text]
+    if problems:
+        raise MemoryPlanError(problems[0])
+    return plan
+
+
+def _what_would_fit(shares: Shares, settings: PlanSettings, layout: Layout, stage: int, limit: int) -> str:
+    """Flags, as the end of a sentence, with which a stage's processes fit, the cheapest of those that do."""
+    for again in (settings.recompute_layers, -1):
+        for zero in range(layout.zero, 4 if layout.data > 1 else layout.zero + 1):
+            candidate = replace(settings, recompute_layers=again)
+            if memory_of(shares.of(replace(layout, zero=zero), candidate)[stage]).peak <= limit:
+                flags = f" --zero {zero}" * (zero != layout.zero)
+                flags += f" --recompute-layers {again}" * (again != settings.recompute_layers)
+                return f";{flags} would fit"
+    return "; use more processes along tp or pp (mlxlm plan --machines recommends a mesh), or smaller batches"
 
 
 class Array(NamedTuple):

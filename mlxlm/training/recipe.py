@@ -35,6 +35,7 @@ from mlxlm.tokenizers import Tokenizer, load_tokenizer
 from mlxlm.training import plan as plans
 from mlxlm.training.checkpoints import Checkpoints
 from mlxlm.training.initialisation import initialise
+from mlxlm.training.plan_mesh import plan_here
 from mlxlm.training.reporters import Reporter
 from mlxlm.training.settings import TrainSettings
 from mlxlm.training.tasks import PLACES, WordLoss
@@ -105,12 +106,15 @@ class Recipe:
     def fitted(self, limit: int | None = None, *, joined: Joined | None = None) -> Recipe:
         """The recipe as its `memory` says: refused when it can't fit ("check"), or made to fit ("auto").
 
-        limit: bytes, default the machine's working set.  joined: the processes that share the work; "auto" is for one.
-        Raises MemoryPlanError.
+        limit: bytes, default the machine's working set.  joined: the processes that share the work, each of which must
+        have room for its part; "auto" is for one.  Raises MemoryPlanError.
         """
         if joined is not None and not joined.alone:
             if self.values["memory"] == "auto":
                 raise UsageError("memory: auto chooses settings for one process; set them yourself under --mesh")
+            if self.values["memory"] == "check":
+                joined.check(self.config, self.values["data"]["batch_size"])
+                plan_here(self.config, self.plan_settings(), joined, refuse=True, limit=limit)
             return self
         if self.values["memory"] == "check":
             plans.check(self.config, self.plan_settings(), limit)
@@ -125,12 +129,16 @@ class Recipe:
         )  # fmt: skip
 
     @contextlib.contextmanager
-    def held(self, limit: int | None = None) -> Iterator[None]:
+    def held(self, limit: int | None = None, *, joined: Joined | None = None) -> Iterator[None]:
         """Hold this process to the plan for a while, where `memory` is not "off"; see `held_to`."""
         if self.values["memory"] == "off":
             yield
             return
-        with plans.held_to(plans.predict(self.config, self.plan_settings()), limit):
+        if joined is None or joined.alone:
+            plan = plans.predict(self.config, self.plan_settings())
+        else:
+            plan = plan_here(self.config, self.plan_settings(), joined, refuse=False)
+        with plans.held_to(plan, limit):
             yield
 
     def save(self) -> None:

@@ -26,7 +26,11 @@ class Reporter:
 
     Metrics have step, loss (mean since the last report), learning_rate, gradient_norm, tokens (in all),
     tokens_per_second, memory (peak, bytes) and skipped; evaluations have step, valid_loss, perplexity and count.
+
+    everywhere: told in all processes of a run, because it calls the model; others are told in the first alone.
     """
+
+    everywhere = False
 
     def on_start(self, trainer: Any) -> None:
         """The run starts, or goes on: trainer.progress.step says where."""

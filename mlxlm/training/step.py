@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +126,15 @@ class Step:
         if averaged and "average" in self.state:
             weights = {name: array.astype(weights[name].dtype) for name, array in self.state["average"].items()}
         self.model.update(tree_unflatten(list(self.communicator.weights(weights).items())))
+
+    @contextlib.contextmanager
+    def held(self, averaged: bool = False) -> Iterator[None]:
+        """`give_back` for a while, between steps."""
+        self.give_back(averaged)
+        try:
+            yield
+        finally:
+            self._rest()
 
     def _rest(self) -> None:
         """Between steps the model holds what is kept of its weights."""

@@ -128,7 +128,8 @@ class Trainer:
             raise UsageError("final_weights 'best' needs validation data and a folder for checkpoints")
         self.step = Step(model, task, settings, communicator)
         self.communicator = self.step.communicator
-        self.reporters = list(reporters) if self.communicator.first else []
+        first = self.communicator.first
+        self.reporters = [reporter for reporter in reporters if first or reporter.everywhere]
         self.checkpoints = None if self.folder is None else self._make_checkpoints(self.folder)
         self._position = source.state()
         self._clock = _Clock()
@@ -316,7 +317,8 @@ class Trainer:
         result, more = self._measured()
         progress.evaluated = progress.step
         metrics = {"valid_loss": result.loss, "perplexity": result.perplexity, "count": result.count}
-        self._tell("on_evaluation", {"step": progress.step, **metrics, **more})
+        with self.step.held():
+            self._tell("on_evaluation", {"step": progress.step, **metrics, **more})
         if progress.best is None or result.loss < progress.best:
             progress.best, progress.best_step, progress.stale = result.loss, progress.step, 0
             if self.checkpoints is not None and self._save():
@@ -330,11 +332,8 @@ class Trainer:
         """The loss on the validation data and further numbers, of the (averaged) weights."""
         if self.measure is None:
             return self.evaluate(), {}
-        self.step.give_back(averaged=True)
-        try:
+        with self.step.held(averaged=True):
             return self.measure()
-        finally:
-            self.step.give_back()
 
     def _save(self, final: bool = False) -> bool:
         """Write a checkpoint. A disk that refuses ends the run only at its end; before, the next one may succeed."""

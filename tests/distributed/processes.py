@@ -38,7 +38,7 @@ def environments(count, folder, timeout=20):
     for rank in range(count):
         yield {
             **os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts), "MLXLM_TIMEOUT": str(timeout),
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE), str(HERE.parent / "training")]),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE), str(HERE.parent), str(HERE.parent / "training")]),
             "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1",
         }  # fmt: skip
 

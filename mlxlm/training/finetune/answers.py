@@ -159,15 +159,21 @@ def exact_matches(
 class Samples(Reporter):
     """Answers to a few rows at each evaluation: shown, and kept in FOLDER/samples.jsonl.
 
-    ask: gives the answers of the model as it is.  asked: prompts, for people.  say: shows a line.
+    ask: gives the answers of the model as it is.  asked: prompts, for people.  say: shows a line.  writes: whether this
+    process keeps them; others that share the model ask with it.
     """
 
-    def __init__(self, folder: Path, ask: Callable[[], list[str]], asked: Sequence[str], say: Callable[[str], None]):
-        self.path, self.ask, self.asked, self.say = folder / "samples.jsonl", ask, asked, say
+    everywhere = True
+
+    def __init__(
+        self, folder: Path, ask: Callable[[], list[str]], asked: Sequence[str], say: Callable[[str], None],
+        *, writes: bool = True,
+    ):  # fmt: skip
+        self.path, self.ask, self.asked, self.say, self.writes = folder / "samples.jsonl", ask, asked, say, writes
 
     def on_start(self, trainer: Any) -> None:
         """Keep what was said up to the step where the run goes on."""
-        if not self.path.is_file():
+        if not self.writes or not self.path.is_file():
             return
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= trainer.progress.step]
@@ -178,6 +184,8 @@ class Samples(Reporter):
         if not self.asked:
             return
         found = self.ask()
+        if not self.writes:
+            return
         self.say(f"  {brief(self.asked[0], 50)} -> {brief(found[0], 70)}")
         row = {"step": metrics["step"], "answers": dict(zip(self.asked, found, strict=True))}
         with open(self.path, "a", encoding="utf-8") as file:

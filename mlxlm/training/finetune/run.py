@@ -38,6 +38,8 @@ from mlxlm.training.finetune.answers import (
 )
 from mlxlm.training.finetune.presets import MEMORY_PRESETS
 from mlxlm.training.finetune.settings import MAY_CHANGE, FinetuneSettings
+from mlxlm.training.finetune.unshared import adapter_folder, unshared
+from mlxlm.training.plan_mesh import plan_here
 from mlxlm.training.reporters import Reporter
 from mlxlm.training.settings import TrainSettings
 from mlxlm.training.step import dtype_of
@@ -99,7 +101,8 @@ class Run:
     """A run made ready by `prepare`.
 
     splits, examples: all rows, and what became of them.  counts: of parameters.  settings: with what the memory plan
-    chose.  plan: in bytes.  joined: the processes that share the rows of every batch; the first writes and tells.
+    chose.  plan: in bytes, of this process.  joined: the processes that share model and rows; the first writes and
+    tells.  method: with what it trains.
     """
 
     settings: FinetuneSettings
@@ -111,6 +114,7 @@ class Run:
     plan: plans.MemoryPlan
     say: Say
     joined: Joined
+    method: peft.Method
 
     @property
     def train_settings(self) -> TrainSettings:
@@ -139,6 +143,7 @@ class Run:
             lambda: self._answers(asked),
             [self._shown(example)[0] for example in asked],
             self.say if examples.kind in ("words", "seq2seq") else (lambda text: None),
+            writes=self.joined.first,
         )
         trainer = self._trainer([*reporters, samples])
         keep_settings(settings.folder, SETTINGS, settings.to_json(), MAY_CHANGE, resume, self.joined.first)
@@ -153,9 +158,7 @@ class Run:
         )  # fmt: skip
         if done.stopped:
             return done
-        with self.joined.world.first_alone():
-            if self.joined.first:
-                self.save()
+        self.save()
         wants_test = "test" in examples.splits if settings.test is None else settings.test
         done = replace(
             done,
@@ -168,11 +171,18 @@ class Run:
         return done
 
     def save(self) -> None:
-        """Write the model's directory, where all of it was trained, or the adapter's."""
-        if self.settings.method == "full":
-            save(self.model, self.tokenizer, self.settings.folder)
-        else:
-            peft.save_adapter(self.model, self.settings.folder, layout=self.settings.format)  # type: ignore[arg-type]
+        """Write the model's directory, where all of it was trained, or the adapter's; the first of several processes
+        does, and the others give it their parts.
+        """
+        settings, joined = self.settings, self.joined
+        if settings.method == "full":
+            joined.save(self.model, lambda whole: save(whole, self.tokenizer, settings.folder))
+            return
+        joined.save(
+            self.model,
+            lambda whole: peft.save_adapter(whole, settings.folder, layout=settings.format),  # type: ignore[arg-type]
+            like=lambda: unshared(self.model, self.method, self.tokenizer, settings.resume_adapter_file),
+        )
 
     def _trainer(self, reporters: Sequence[Reporter]) -> Trainer:
         settings, examples = self.settings, self.examples
@@ -188,7 +198,7 @@ class Run:
             measure=(lambda: self._label_measures("valid")) if labels and valid else None,
             reporters=reporters,
             config=settings.to_json(),
-            communicator=self.joined.share_model(self.model),
+            communicator=self.joined.parallel,
         )
 
     def _asked(self) -> list[Any]:
@@ -202,7 +212,8 @@ class Run:
 
     def _answers(self, asked: list[Any]) -> list[str]:
         found = self.examples
-        return answers(self.model, self.tokenizer, found.kind, found.labels, asked, self.settings.sample_tokens)
+        with self.joined.serving():
+            return answers(self.model, self.tokenizer, found.kind, found.labels, asked, self.settings.sample_tokens)
 
     def _before(self, trainer: Trainer, asked: list[Any], resume: bool) -> dict[str, Any]:
         """Measures and answers of the model that the run began with; a resumed run has kept them."""
@@ -221,15 +232,18 @@ class Run:
             made, scores = self._label_measures(split)
             return {"loss": made.loss, **scores}
         made = evaluate(trainer.step, self.joined.rows(examples.measuring(split, settings)()))
+        trainer.step.give_back(averaged=True)
         found = {"loss": made.loss, "perplexity": made.perplexity}
         if final:
             kind, rows = examples.kind, examples.splits[split]
-            found |= exact_matches(self.model, self.tokenizer, kind, rows, settings.exact_match)
+            with self.joined.serving():
+                found |= exact_matches(self.model, self.tokenizer, kind, rows, settings.exact_match)
         return found
 
     def _label_measures(self, split: str) -> tuple[Evaluation, dict[str, float]]:
         rows = self.examples.measured(split, self.settings)
-        return label_measures(self.model, rows, self.examples.labels, self.settings.batch_size)
+        with self.joined.serving():
+            return label_measures(self.model, rows, self.examples.labels, self.settings.batch_size)
 
 
 def train_settings(wanted: FinetuneSettings, steps: int, every: int, *, validated: bool) -> TrainSettings:
@@ -273,17 +287,12 @@ def prepare(settings: FinetuneSettings, *, resume: bool = False, say: Say = prin
     """Everything that a run needs: rows checked, model with head and adapter, memory planned. Nothing is written.
 
     say: shows a line to a person.  resume: the folder holds a run that is to go on.
-    joined: processes that share the rows of every batch, see `Run`.
+    joined: processes that share model and rows, see `Run`.
     Raises an error of `mlxlm.errors` for what can't work, before anything takes long.
     """
     joined = joined or Joined(connect(alone=True), Mesh())
     with joined.world.first_alone():
         check_folder(settings, resume)
-    if settings.batch_size < joined.mesh.dp:
-        raise UsageError(
-            f"a batch of {settings.batch_size} rows can't be shared by {joined.mesh.dp} processes: --batch-size is "
-            f"that of all together, at least {joined.mesh.dp}"
-        )
     mx.reset_peak_memory()
     splits, said = rows_of.read_rows(settings)
     for text in said:
@@ -297,12 +306,14 @@ def prepare(settings: FinetuneSettings, *, resume: bool = False, say: Say = prin
         splits = {split: rows_of.as_pairs(rows) for split, rows in splits.items()}
     mx.random.seed(settings.seed)
     model, labels = adapted(model, tokenizer, kind, rows_of.names_of_labels(splits, kind), settings, say)
+    joined.check(model.config, settings.batch_size)
     examples = rows_of.encode(splits, kind, labels, model, tokenizer, settings)
-    counts = peft.count_parameters(model)
-    settings, plan = fitted(settings, model, examples, joined.mesh.dp)
-    run = Run(settings, model, tokenizer, splits, examples, counts, plan, say, joined)
+    counts, method = peft.count_parameters(model), peft.content_of(model).method
+    settings, plan = fitted(settings, model, examples, joined)
+    run = Run(settings, model, tokenizer, splits, examples, counts, plan, say, joined, method)
     for text in _lines(run):
         say(text)
+    joined.share_model(model)
     return run
 
 
@@ -391,12 +402,6 @@ def _quantize(model: Transformer, say: Say) -> None:
         say(f"this checkpoint is not quantized: {count} linear layers are quantized to 4 bits while training")
 
 
-def adapter_folder(path: str) -> Path:
-    """The folder of an adapter given by itself or by its tensors' file, as mlx-lm has it."""
-    found = Path(path).expanduser()
-    return found.parent if found.is_file() else found
-
-
 def _check_same_method(found: str, wanted: str, folder: Path) -> None:
     selective = ("full", "bitfit", "last-layers")  # one layout on disk
     if found != wanted and not (found in selective and wanted in selective):
@@ -404,13 +409,13 @@ def _check_same_method(found: str, wanted: str, folder: Path) -> None:
 
 
 def fitted(
-    settings: FinetuneSettings, model: Transformer, examples: rows_of.Examples, processes: int = 1
+    settings: FinetuneSettings, model: Transformer, examples: rows_of.Examples, joined: Joined
 ) -> tuple[FinetuneSettings, plans.MemoryPlan]:
     """The settings as their `memory` says, and the plan. Raises MemoryPlanError for a run that can't fit.
 
-    processes: that share the rows of a batch; settings are then not chosen, but only checked.
+    joined: where there are several processes, settings are not chosen, but only checked in each.
     """
-    if processes > 1 and settings.memory in ("low", "auto"):
+    if not joined.alone and settings.memory in ("low", "auto"):
         raise UsageError(f"memory {settings.memory} chooses settings for one process; give them yourself under --mesh")
     if settings.memory == "low":
         preset = dict(MEMORY_PRESETS["low"])
@@ -419,11 +424,13 @@ def fitted(
     dtype = settings.dtype or str(dtype_of(model)).removeprefix("mlx.core.")
     length = examples.max_length if settings.packing else examples.longest
     wanted = plans.PlanSettings(
-        batch_size=-(-settings.batch_size // processes), length=length, target_length=examples.longest_target,
+        batch_size=settings.batch_size, length=length, target_length=examples.longest_target,
         accumulation=settings.grad_accumulation_steps, dtype=dtype, optimizer=settings.optimizer,
         average=settings.ema_decay is not None, chunk=settings.loss_chunk,
         recompute_layers=-1 if settings.grad_checkpoint else settings.recompute_layers,
     )  # fmt: skip
+    if not joined.alone:
+        return settings, plan_here(model, wanted, joined, refuse=settings.memory == "check")
     if settings.memory == "auto":
         wanted = plans.fit(model, wanted)
         settings = replace(

@@ -1,0 +1,85 @@
+"""What ranks do in test_finetune_meshes.py: whole fine-tuning runs, beside those of one process."""
+
+from __future__ import annotations
+
+import json
+
+import mlx.core as mx
+import numpy as np
+from character_tokenizer import write_character_tokenizer
+from finetune_runs import completions, labelled, settings, tagged, write
+from small_models import config_values, small_model
+
+from mlxlm.distributed import Joined, parse_mesh
+from mlxlm.training.finetune import finetune
+
+ROWS = {"labels": labelled, "tags": tagged}
+# Of kinds other than words: the model, and what takes the dropout out of its configuration.
+MODELS = {
+    "quantized": ("quantized", {}),
+    "tags": ("bert", {"vocab_size": 67, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
+    "seq2seq": ("t5", {"vocab_size": 67, "dropout_rate": 0.0}),
+}
+
+
+def settings_of(folder, method, kind, name):
+    return settings(
+        folder / kind / "model", folder / kind / "data", folder / name, method=method, iters=3, batch_size=4,
+        steps_per_eval=2, seed=1, dtype="float32",
+        # Where a gradient is all but zero, Adam divides its rounding by itself.
+        **({"optimizer": "sgd", "learning_rate": 0.05} if method in ("full", "last-layers", "bitfit") else {}),
+        **({"rank": 4} if method in ("lora", "dora", "qlora") else {}),
+    )  # fmt: skip
+
+
+def references(folder, cases):
+    """Models and rows of each kind, and the run of one process for each method and kind."""
+    from mlxlm.models import save
+    from mlxlm.models.families import family_of
+    from mlxlm.models.source import Source
+
+    for kind in {case.split(" ")[3] for case in cases}:
+        name, changes = MODELS.get(kind, ("llama-tied", {}))
+        model, values = small_model(name, **changes), config_values(name, **changes)
+        target = folder / kind / "model"
+        target.mkdir(parents=True)
+        model.source = Source(family=family_of(values), path=target, values=values, config=model.config)
+        save(model, None, target)
+        write_character_tokenizer(target)
+        rows = ROWS.get(kind, completions)
+        write(folder / kind / "data", train=rows(14, 1), valid=rows(5, 2), test=rows(4, 3))
+    for method, kind in {(case.split(" ")[0], case.split(" ")[3]) for case in cases}:
+        finetune(settings_of(folder, method, kind, f"{method}-{kind}"), say=lambda text: None)
+
+
+def runs(world, folder, *cases):
+    """For each case "method mesh zero kind": how far the result is from that of one process."""
+    result = {}
+    for number, case in enumerate(cases):
+        method, mesh, zero, kind = case.split(" ")
+        joined = Joined(world, parse_mesh(mesh, world.size), int(zero))
+        made = settings_of(folder, method, kind, f"run-{number}")
+        finetune(made, say=lambda text: None, joined=joined)
+        if joined.first:
+            result |= {f"{case}/{name}": value for name, value in compared(folder / f"{method}-{kind}", made).items()}
+    return result
+
+
+def compared(reference, made):
+    stem = "model" if made.method == "full" else "adapter_model"
+    files = [next(iter([*one.glob("model.safetensors"), *one.glob("adapter*.safetensors")])) for one in
+             (reference, made.folder)]  # fmt: skip
+    one, other = (mx.load(str(file)) for file in files)
+    alone, shared = (json.loads((folder / "results.json").read_text()) for folder in (reference, made.folder))
+    losses = [(part, name) for part in ("before", "valid", "test") for name in alone[part]]
+    return {
+        "names": sorted(one) == sorted(other) and stem in ("model", "adapter_model"),
+        "weights": max(float(mx.abs(array - other[name]).max()) for name, array in one.items()),
+        "size": sum(float(mx.abs(array).sum()) for array in one.values()),
+        "measures": max(
+            abs(alone[part][name] / (shared[part][name] or 1) - 1) * bool(alone[part][name]) for part, name in losses
+        ),
+        "answers": alone["answers"] == shared["answers"],
+        "moved": abs(alone["before"]["loss"] - alone["valid"]["loss"]),
+        "samples": np.array(len((made.folder / "samples.jsonl").read_text().splitlines())),
+    }

@@ -54,7 +54,7 @@ def _attempt(command: Sequence[str], count: int) -> tuple[int, str, bool]:
     """Exit status, which rank ended how, and whether a signal to this process ended the run."""
     with tempfile.TemporaryDirectory(prefix="mlxlm-launch-") as folder:
         hosts = Path(folder) / "hosts.json"
-        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in _free_ports(count)]))
+        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(count)]))
         processes = [_start(command, rank, hosts) for rank in range(count)]
         readers = [
             threading.Thread(target=_prefixed, args=(rank, process.stderr), daemon=True)
@@ -143,7 +143,8 @@ def _prefixed(rank: int, stream: IO[str]) -> None:
         print(f"[{rank}] {line}", end="", file=sys.stderr, flush=True)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens on just now."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [one.getsockname()[1] for one in sockets]
     for one in sockets:

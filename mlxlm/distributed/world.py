@@ -87,7 +87,8 @@ class World:
         if key not in self._comms:
             whole = mine[0] == tuple(range(self.size))
             native = self.group if whole else None
-            if not whole and self.backend in SPLITS and self.group is not None:
+            talking = any(len(ranks) > 1 for ranks in groups)
+            if not whole and talking and self.backend in SPLITS and self.group is not None:
                 color = next(i for i, ranks in enumerate(groups) if self.rank in ranks)
                 native = self.group.split(color, mine[0].index(self.rank))
             self._comms[key] = Comm(self, mine[0], name, native if len(mine[0]) > 1 else None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import mlx.core as mx
-import numpy as np
 from character_tokenizer import write_character_tokenizer
 from finetune_runs import completions, labelled, settings, tagged, write
 from small_models import config_values, small_model
@@ -66,20 +65,15 @@ def runs(world, folder, *cases):
 
 
 def compared(reference, made):
-    stem = "model" if made.method == "full" else "adapter_model"
-    files = [next(iter([*one.glob("model.safetensors"), *one.glob("adapter*.safetensors")])) for one in
-             (reference, made.folder)]  # fmt: skip
-    one, other = (mx.load(str(file)) for file in files)
+    """How far a run's adapter or model and its measures are from those of another."""
+    pattern = "model.safetensors" if made.method == "full" else "adapter*.safetensors"
+    one, other = (mx.load(str(next(folder.glob(pattern)))) for folder in (reference, made.folder))
     alone, shared = (json.loads((folder / "results.json").read_text()) for folder in (reference, made.folder))
-    losses = [(part, name) for part in ("before", "valid", "test") for name in alone[part]]
+    measures = [(alone[part][name], shared[part][name]) for part in ("before", "valid", "test") for name in alone[part]]
     return {
-        "names": sorted(one) == sorted(other) and stem in ("model", "adapter_model"),
+        "names": sorted(one) == sorted(other),
         "weights": max(float(mx.abs(array - other[name]).max()) for name, array in one.items()),
-        "size": sum(float(mx.abs(array).sum()) for array in one.values()),
-        "measures": max(
-            abs(alone[part][name] / (shared[part][name] or 1) - 1) * bool(alone[part][name]) for part, name in losses
-        ),
+        "measures": max(abs(a - b) / max(abs(a), 1) for a, b in measures),
         "answers": alone["answers"] == shared["answers"],
         "moved": abs(alone["before"]["loss"] - alone["valid"]["loss"]),
-        "samples": np.array(len((made.folder / "samples.jsonl").read_text().splitlines())),
     }

@@ -27,7 +27,7 @@ def finetune(
     resume: opt.Resume = False,
     mesh: opt.MeshFlag = None,
     zero: opt.Zero = 0,
-    schedule: opt.Schedule = "1f1b",
+    pipeline_schedule: Annotated[str, typer.Option(help="Of pipeline stages: 1f1b or gpipe.")] = "1f1b",
     train: Annotated[bool, typer.Option("--train", help="No effect: training is what this does.", hidden=True)] = True,
     **flags: Any,
 ) -> None:
@@ -40,7 +40,7 @@ def finetune(
     """
     given = {"model": model, "adapter_path": adapter_path, **flags}
     given = {name: value for name, value in given.items() if value is not None}
-    with opt.joined(mesh, zero, schedule) as group:
+    with opt.joined(mesh, zero, pipeline_schedule) as group:
         outcome = _run(given, config, resume, group)
     if outcome.stopped:
         end_early("finetune", outcome.result, outcome.settings.adapter_path)

@@ -49,18 +49,27 @@ class Optimizer:
         for optimizer, _ in self._groups:
             optimizer.learning_rate = rate
 
-    def apply(self, gradients: Mapping[str, mx.array], parameters: Mapping[str, mx.array], valid: mx.array) -> Arrays:
-        """The updated parameters. Where valid, a boolean scalar, is False, they and the state stay as they are."""
+    def apply(
+        self, gradients: Mapping[str, mx.array], parameters: Mapping[str, mx.array], valid: mx.array,
+        factor: mx.array | float = 1.0,
+    ) -> Arrays:  # fmt: skip
+        """The updated parameters. Where valid, a boolean scalar, is False, they and the state stay as they are.
+
+        factor: of all gradients, a scalar.
+        """
         updated: Arrays = {}
         for optimizer, members in self._groups:
             rate = optimizer.learning_rate
             if isinstance(optimizer, AdamW):
                 decay = {name: self._decay for name in members if parameters[name].ndim >= 2}
-                updated |= optimizer.update(gradients, {name: parameters[name] for name in members}, decay, valid)
+                updated |= optimizer.update(gradients, {name: parameters[name] for name in members}, decay, valid, factor)
                 continue
             before = {name: self._decayed(parameters[name], rate) for name in members}
             old = _paths(optimizer.state)
-            after = optimizer.apply_gradients({name: gradients[name] for name in members}, before)
+            scaled = {
+                name: (gradients[name].astype(mx.float32) * factor).astype(parameters[name].dtype) for name in members
+            }
+            after = optimizer.apply_gradients(scaled, before)
             for name in members:
                 new = after[name].astype(parameters[name].dtype)
                 updated[name] = mx.where(valid, new, parameters[name])

@@ -227,10 +227,7 @@ class Step:
         if self.settings.clip_norm is not None:
             scale = scale * mx.minimum(self.settings.clip_norm / (norm + 1e-6), 1.0)
         parameters = self.state["parameters"]
-        gradients = {
-            name: (array.astype(mx.float32) * scale).astype(parameters[name].dtype) for name, array in gradients.items()
-        }
-        updated = self.optimizer.apply(gradients, parameters, valid)
+        updated = self.optimizer.apply(gradients, parameters, valid, scale)
         parameters.update(updated)
         decay = self.settings.ema_decay
         if decay is not None:

@@ -62,7 +62,9 @@ class Optimizer:
             rate = optimizer.learning_rate
             if isinstance(optimizer, AdamW):
                 decay = {name: self._decay for name in members if parameters[name].ndim >= 2}
-                updated |= optimizer.update(gradients, {name: parameters[name] for name in members}, decay, valid, factor)
+                updated |= optimizer.update(
+                    gradients, {name: parameters[name] for name in members}, decay, valid, factor
+                )
                 continue
             before = {name: self._decayed(parameters[name], rate) for name in members}
             old = _paths(optimizer.state)

@@ -15,6 +15,7 @@ import mlxlm
 from mlxlm import peft
 from mlxlm.errors import UsageError
 from mlxlm.models import Transformer, family_of, load_model
+from mlxlm.peft.lora import add_low_rank
 from mlxlm.training import Trainer, TrainSettings, WordLoss
 from mlxlm.training.initialisation import initialise
 
@@ -138,3 +139,19 @@ def test_bug_7_full_fine_tuning_saves_embeddings_norms_and_head(tied, tmp_path):
     assert ("head.output.weight" in after) != tied
     assert same(weights_of(load_model(tmp_path / "whole")), after)
     assert same(weights_of(peft.load_adapter(load_model(tmp_path / "base"), tmp_path / "adapter")), after)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 5)], ids=["rows", "batches"])
+def test_a_low_rank_change_and_its_gradients_are_those_of_the_plain_formula(shape):
+    rng = np.random.default_rng(0)
+    drawn = lambda *size: mx.array(rng.normal(size=size).astype(np.float32))  # noqa: E731
+    arrays = [drawn(*shape, 7), drawn(*shape, 6), drawn(3, 7), drawn(6, 3)]
+    weights = drawn(*shape, 6)
+    plain = lambda x, y, a, b: y + 0.75 * ((x @ a.T) @ b.T)  # noqa: E731
+    results = []
+    for function in (lambda *given: add_low_rank(*given, 0.75), plain):
+        value, gradients = mx.value_and_grad(lambda *g: (function(*g) * weights).sum(), argnums=(0, 1, 2, 3))(*arrays)  # noqa: B023
+        results.append([value, *gradients])
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.shape == theirs.shape
+        assert mx.allclose(ours, theirs, rtol=1e-5, atol=1e-5).item()

@@ -19,6 +19,7 @@ class Communicator:
 
     lazy: whether a step with its communication can be compiled.  recomputes: whether all layers must be computed again
     for gradients.  sharded: whether what is kept of trained weights differs from what the model computes with.
+    joins: whether small weights that are kept may be joined.
     first: whether this process writes what is written once, and reports.  pipeline: the stages of the model, with
     `sums` and `loss`, where this process has only one of them.
     """
@@ -26,6 +27,7 @@ class Communicator:
     lazy = True
     recomputes = False
     sharded = False
+    joins = True
     first = True
     pipeline: Any = None
 

@@ -10,9 +10,12 @@ import mlx.optimizers as mlx_optimizers
 
 from mlxlm.errors import CheckpointError, listing
 from mlxlm.training.adam import AdamW
+from mlxlm.training.packing import Packing
 from mlxlm.training.settings import TrainSettings
 
 Arrays = dict[str, mx.array]
+
+ELEMENTWISE = ("adamw", "lion", "sgd")  # do to every element the same, whatever its place
 
 # Matrices that are tables of words, positions or labels rather than maps between features.
 _TABLE = re.compile(r"(^|\.)(embeddings|positions|head|pooler)\.")
@@ -21,13 +24,15 @@ _TABLE = re.compile(r"(^|\.)(embeddings|positions|head|pooler)\.")
 class Optimizer:
     """One optimizer, or two that share the parameters, over a flat dict of parameters.
 
-    parameters: what it will update, for the shapes and dtypes of its state.
+    parameters: what it will update, for the shapes and dtypes of its state.  packing: made these parameters of those
+    whose names checkpoints have, None where they are the same.
 
     Weight decay is decoupled for every optimizer (Loshchilov and Hutter 2019, arXiv:1711.05101): a matrix is first
     multiplied by 1 - rate * weight_decay. Vectors (biases, norms' scales) never decay.
     """
 
-    def __init__(self, settings: TrainSettings, parameters: Mapping[str, mx.array]):
+    def __init__(self, settings: TrainSettings, parameters: Mapping[str, mx.array], packing: Packing | None = None):
+        self._packing = Packing({}) if packing is None else packing
         self._decay = settings.weight_decay
         names: dict[str, list[str]] = {"muon": [], "rest": []}
         for name, array in parameters.items():
@@ -88,9 +93,10 @@ class Optimizer:
     def arrays(self) -> Arrays:
         """The whole state by name, for a checkpoint."""
         return {
-            _name(number, path): array
+            _name(number, (name, *kind)): part
             for number, (optimizer, _) in enumerate(self._groups)
-            for path, array in _paths(optimizer.state)
+            for (pack, *kind), array in _paths(optimizer.state)
+            for name, part in self._packing.parts(pack, array).items()
         }
 
     def restore(self, arrays: Mapping[str, mx.array]) -> None:
@@ -106,7 +112,9 @@ class Optimizer:
             )
         for number, (optimizer, _) in enumerate(self._groups):
             for path, _ in _paths(optimizer.state):
-                _holder(optimizer.state, path)[path[-1]] = arrays[_name(number, path)]
+                pack, *kind = path
+                parts = {name: arrays[_name(number, (name, *kind))] for name in self._packing.names(pack)}
+                _holder(optimizer.state, path)[path[-1]] = self._packing.join(pack, parts)
 
 
 def _make(kind: str, settings: TrainSettings) -> mlx_optimizers.Optimizer | AdamW:

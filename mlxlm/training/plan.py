@@ -21,9 +21,9 @@ from mlxlm import runtime
 from mlxlm.errors import MlxlmError, UsageError, nearest
 from mlxlm.kernels.cross_entropy import default_chunk
 from mlxlm.models import Transformer, TransformerConfig
+from mlxlm.training.packing import JOINED
 from mlxlm.training.plan_activations import Activations, activations_of
 from mlxlm.training.plan_weights import STATES, WIDTHS, Weights, weights_of
-from mlxlm.training.step import JOINED
 
 Model = Transformer | TransformerConfig
 

@@ -28,10 +28,10 @@ from mlxlm.errors import UsageError
 from mlxlm.layers import AttentionSpec, BlockSpec, ParallelBlockSpec
 from mlxlm.models import Transformer, TransformerConfig
 from mlxlm.models.config import StackSpec
+from mlxlm.training.packing import JOINED
 from mlxlm.training.plan import MemoryPlan, MemoryPlanError, PlanSettings, loss_bytes, readable, working_set
 from mlxlm.training.plan_activations import Activations, Trained, stack_activations
 from mlxlm.training.plan_weights import STATES, WIDTHS, Weights
-from mlxlm.training.step import JOINED
 
 Layer = BlockSpec | ParallelBlockSpec
 Model = Transformer | TransformerConfig

@@ -15,13 +15,13 @@ from mlxlm import runtime
 from mlxlm.errors import UsageError
 from mlxlm.models import Transformer
 from mlxlm.training.communicator import Communicator
-from mlxlm.training.optimizers import Optimizer
+from mlxlm.training.optimizers import ELEMENTWISE, Optimizer
+from mlxlm.training.packing import JOINED, Packing
 from mlxlm.training.settings import TrainSettings
 from mlxlm.training.tasks import Task, regularised
 
 Arrays = dict[str, mx.array]
 
-JOINED = 2**18  # elements of an array that is joined with others for the norm of the gradient
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
@@ -66,8 +66,11 @@ class Step:
         trained = {name: array.astype(keep) for name, array in trained.items()}
         self._convert_frozen(trained)
         trained = self.communicator.keep(trained)
+        joins = settings.optimizer in ELEMENTWISE and self.communicator.joins
+        self.packing = Packing(trained, JOINED if joins else 0)
+        trained = self.packing.pack(trained)
         self.state: dict[str, Any] = {"parameters": trained}
-        self.optimizer = Optimizer(settings, trained)
+        self.optimizer = Optimizer(settings, trained, self.packing)
         self.state["optimizer"] = self.optimizer.state
         if settings.ema_decay is not None:
             self.state["average"] = {name: array.astype(mx.float32) for name, array in trained.items()}
@@ -83,12 +86,19 @@ class Step:
     @property
     def parameters(self) -> Arrays:
         """The trained weights by name."""
-        return self.state["parameters"]
+        return self.packing.unpack(self.state["parameters"])
 
     @property
     def average(self) -> Arrays | None:
         """The moving average of the trained weights, where one is kept."""
-        return self.state.get("average")
+        average = self.state.get("average")
+        return None if average is None else self.packing.unpack(average)
+
+    def take(self, parts: dict[str, Arrays]) -> None:
+        """Take over "parameters", and where it is kept "average", each by name, in the dtypes of those here."""
+        for part, arrays in parts.items():
+            mine = self.state[part]
+            mine.update({name: a.astype(mine[name].dtype) for name, a in self.packing.pack(arrays).items()})
 
     def __call__(self, batches: Sequence[dict[str, np.ndarray]], learning_rate: float) -> Outcome:
         """One update from all the batches together. Nothing is computed before the outcome is asked for."""
@@ -125,7 +135,8 @@ class Step:
         weights = self.state["parameters"]
         if averaged and "average" in self.state:
             weights = {name: array.astype(weights[name].dtype) for name, array in self.state["average"].items()}
-        self.model.update(tree_unflatten(list(self.communicator.weights(weights).items())))
+        weights = self.communicator.weights(self.packing.unpack(weights))
+        self.model.update(tree_unflatten(list(weights.items())))
 
     @contextlib.contextmanager
     def held(self, averaged: bool = False) -> Iterator[None]:
@@ -138,7 +149,7 @@ class Step:
 
     def _rest(self) -> None:
         """Between steps the model holds what is kept of its weights."""
-        self.model.update(tree_unflatten(list(self.state["parameters"].items())))
+        self.model.update(tree_unflatten(list(self.parameters.items())))
 
     def close(self) -> None:
         """Leave the model as a user wants it: trained (averaged) weights, evaluation mode, nothing recomputed."""
@@ -182,6 +193,10 @@ class Step:
 
         return loss
 
+    def _weights(self, kept: Arrays) -> Arrays:
+        """By name, as the model computes with them, of what is kept."""
+        return self.communicator.weights(self.packing.unpack(self._computed(kept)))
+
     def _computed(self, weights: Arrays) -> Arrays:
         """Weights in the dtype to compute in."""
         return {name: array.astype(self.dtype) for name, array in weights.items()}
@@ -189,12 +204,12 @@ class Step:
     def _sums(self, batch: Arrays) -> dict[str, Any]:
         """Sum of losses, number of targets and gradient of the sum, in the dtype to compute in."""
         kept = self.state["parameters"]
-        weights = self.communicator.weights(self._computed(kept))
-        (loss, count), gradients = mx.value_and_grad(self._loss_of(self.task))(weights, batch)
-        return {"loss": loss, "count": count, "gradients": self.communicator.collect(gradients, kept)}
+        (loss, count), gradients = mx.value_and_grad(self._loss_of(self.task))(self._weights(kept), batch)
+        gradients = self.packing.pack(self.communicator.collect(gradients, kept))
+        return {"loss": loss, "count": count, "gradients": gradients}
 
     def _measured(self, kept: Arrays, batch: Arrays) -> tuple[mx.array, mx.array]:
-        weights, loss = self.communicator.weights(self._computed(kept)), self._loss_of(self._evaluated)
+        weights, loss = self._weights(kept), self._loss_of(self._evaluated)
         pipeline = self.communicator.pipeline
         sums = loss(weights, batch) if pipeline is None else pipeline.loss(loss, weights, batch)
         return self.communicator.measure(*sums)
@@ -202,7 +217,7 @@ class Step:
     def _piped(self, batches: list[Arrays]) -> dict[str, Any]:
         """The sums of all batches, which go through the stages of a pipeline one behind the other."""
         kept = self.state["parameters"]
-        weights = self.communicator.weights(self._computed(kept))
+        weights = self._weights(kept)
         sums = self.communicator.pipeline.sums(self._loss_of(self.task), weights, batches)
         return sums | {"gradients": self.communicator.collect(sums["gradients"], kept)}
 

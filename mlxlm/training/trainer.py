@@ -201,8 +201,7 @@ class Trainer:
         best = None if self.checkpoints is None else self.checkpoints.best()
         if self.settings.final_weights == "best" and self.checkpoints is not None and best is not None:
             state = self.checkpoints.load(best)
-            for part, mine in self._parts().items():
-                mine.update({name: state.arrays[part][name].astype(array.dtype) for name, array in mine.items()})
+            self.step.take({part: state.arrays[part] for part in self._parts()})
             self._tell("on_message", f"the weights are those of step {best}, whose validation loss was lowest")
         self.step.give_back(averaged=True)
         if self.save_model is not None and self.folder is not None:
@@ -380,7 +379,7 @@ class Trainer:
                     f"{self.checkpoints.path(number)} is of another model or other settings; {part} that differ: "
                     f"{listing(unlike, 5)}"
                 )
-            mine.update({name: given[name].astype(mine[name].dtype) for name in mine})
+        self.step.take({part: state.arrays[part] for part in self._parts()})
         self.step.optimizer.restore(state.arrays["optimizer"])
         self.step.give_back()
         self.progress = Progress(**state.values["progress"])

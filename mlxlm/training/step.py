@@ -66,7 +66,8 @@ class Step:
         trained = {name: array.astype(keep) for name, array in trained.items()}
         self._convert_frozen(trained)
         trained = self.communicator.keep(trained)
-        joins = settings.optimizer in ELEMENTWISE and self.communicator.joins
+        # Elsewhere an update of each array by itself is as fast, and takes less memory.
+        joins = self.compiled and settings.optimizer in ELEMENTWISE and self.communicator.joins
         self.packing = Packing(trained, JOINED if joins else 0)
         trained = self.packing.pack(trained)
         self.state: dict[str, Any] = {"parameters": trained}
@@ -82,6 +83,12 @@ class Step:
         self.shapes: set[tuple] = set()
         self._build()
         self.give_back()
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the step becomes one compiled function."""
+        wanted = self.settings.compile
+        return self.communicator.lazy and (runtime.backend() != "cpu" if wanted is None else wanted)
 
     @property
     def parameters(self) -> Arrays:
@@ -163,15 +170,12 @@ class Step:
 
     def _build(self) -> None:
         captured = [self.state, mx.random.state]
-        wanted = self.settings.compile
-        compiled = runtime.backend() != "cpu" if wanted is None else wanted
-
-        if wanted and not self.communicator.lazy:
+        if self.settings.compile and not self.communicator.lazy:
             raise UsageError("compile needs communication that is part of MLX's graphs, which this mesh has not")
 
         def finish(function: Any, stateful: bool = True) -> Any:
             function = self.communicator.traced(function)
-            if not compiled or not self.communicator.lazy:
+            if not self.compiled:
                 return function
             return mx.compile(function, inputs=captured, outputs=captured) if stateful else mx.compile(function)
 

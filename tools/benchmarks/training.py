@@ -1,13 +1,18 @@
 """Training steps against mlx-lm: tokens a second and peak memory, in one run on one machine.
 
 usage: python tools/benchmarks/training.py [--shape tiny|small|1b] [--mode full lora] [--length 512] [--batch-size 1]
-           [--steps 5] [--repeats 3] [--recompute] [--memory-limit GB] [--dtype bfloat16] [--masters] [--only ours]
+           [--steps 10] [--warmup 3] [--repeats 3] [--recompute] [--memory-limit GB] [--dtype bfloat16] [--masters]
+           [--only ours]
 
 Both train the same LLaMA shape from random weights on the same random tokens, each in its own trainer and its own
-default ways, in fresh processes in turn; the figures are medians of the repeats. A first interval of as many steps is
-a warmup: it counts neither for the speed nor for the peak. lora: rank 8 on all linear layers. AdamW; weights and its
-state are in `--dtype`, as mlx-lm has them, unless --masters asks ours to keep float32 ones. --memory-limit: of MLX, for
-both. On Linux both get the same BLAS. Without mlx-lm its lines are missing.
+default ways, in fresh processes in turn. A step's time is that from report to report, one each step, with all that the
+trainers do in between; a process gives the median and the fastest of its steps, and the table the medians of these over
+the repeats. The first steps, which compile kernels, count neither for the times nor for the peak. What a process has
+reached is told as it goes, so that a run that is cut off says something.
+
+lora: rank 8 on all linear layers. AdamW. Weights and its state are in `--dtype`, as mlx-lm has them for full training,
+unless --masters asks ours to keep float32 ones; mlx-lm's adapters always have float32 weights, which --masters is the
+like of. --memory-limit: of MLX, for both. On Linux both get the same BLAS. Without mlx-lm its lines are missing.
 """
 
 from __future__ import annotations
@@ -50,6 +55,40 @@ def rows(job: dict[str, Any]) -> Any:
     return np.random.default_rng(0).integers(0, SHAPES[job["shape"]]["vocab_size"], size).astype(np.int32)
 
 
+class Clock:
+    """Times of the steps of one process, and what it has reached on its standard error."""
+
+    def __init__(self, job: dict[str, Any]):
+        import mlx.core as mx
+
+        self.mx, self.job, self.times = mx, job, [time.perf_counter()]
+        self.tell("started")
+
+    def tell(self, what: str) -> None:
+        """One line, at once."""
+        job = self.job
+        print(f"  {job['mode']} {job['who']}: {what}, {time.perf_counter() - self.times[0]:.1f} s", file=sys.stderr)
+
+    def step(self) -> None:
+        """A step is over."""
+        self.times.append(time.perf_counter())
+        done, warmup = len(self.times) - 1, self.job["warmup"]
+        if done <= warmup:
+            self.tell(f"step {done}")
+        if done == warmup:
+            self.mx.reset_peak_memory()
+            self.start = time.perf_counter()
+        elif done > warmup and (done - warmup) % 5 == 0:
+            self.tell(f"step {done}, median so far {1e3 * self.figures()['seconds']:.1f} ms")
+
+    def figures(self) -> dict[str, Any]:
+        """Median and fastest of the steps so far, and the peak of memory."""
+        last = self.times[self.job["warmup"] + 1 :]
+        steps = [after - before for before, after in zip([self.start, *last], last, strict=False)]
+        return {"seconds": statistics.median(steps), "fastest": min(steps), "peak": self.mx.get_peak_memory(),
+                "steps": [round(1e3 * seconds, 1) for seconds in steps]}  # fmt: skip
+
+
 def run_ours(job: dict[str, Any]) -> dict[str, float]:
     """Seconds a step and peak bytes of mlxlm's trainer."""
     import mlx.core as mx
@@ -71,13 +110,11 @@ def run_ours(job: dict[str, Any]) -> dict[str, float]:
         def state(self) -> dict[str, Any]:
             return {}
 
-    times: list[float] = []
+    clock = Clock(job)
 
-    class Clock(Reporter):
+    class Steps(Reporter):
         def on_metrics(self, metrics: dict[str, Any]) -> None:
-            times.append(time.perf_counter())
-            if len(times) == 1:
-                mx.reset_peak_memory()
+            clock.step()
 
     values = values_of(job["shape"])
     model = Transformer(family_of(values).read_config(values))
@@ -85,12 +122,14 @@ def run_ours(job: dict[str, Any]) -> dict[str, float]:
     initialise(model, 0)
     if job["mode"] == "lora":
         peft.apply(model, peft.Lora(rank=RANK, targets=("all-linear",)))
+    mx.eval(model.parameters())
+    clock.tell("the model is there")
     settings = TrainSettings(
-        steps=2 * job["steps"], report_every=job["steps"], learning_rate=1e-5, schedule="constant", clip_norm=None,
+        steps=job["warmup"] + job["steps"], report_every=1, learning_rate=1e-5, schedule="constant", clip_norm=None,
         dtype=job["dtype"], master_weights=job["masters"], recompute_layers=-1 if job["recompute"] else 0,
     )  # fmt: skip
-    Trainer(model, WordLoss(), Same(), settings, reporters=[Clock()]).run()
-    return {"seconds": (times[1] - times[0]) / job["steps"], "peak": mx.get_peak_memory()}
+    Trainer(model, WordLoss(), Same(), settings, reporters=[Steps()]).run()
+    return clock.figures()
 
 
 def run_theirs(job: dict[str, Any]) -> dict[str, float]:
@@ -106,14 +145,12 @@ def run_theirs(job: dict[str, Any]) -> dict[str, float]:
     class Enough(Exception):
         """The last figures are there; what follows would only save weights."""
 
-    times: list[float] = []
+    clock = Clock(job)
 
-    class Clock(TrainingCallback):
+    class Steps(TrainingCallback):
         def on_train_loss_report(self, train_info: dict) -> None:
-            times.append(time.perf_counter())
-            if len(times) == 1:
-                mx.reset_peak_memory()
-            else:
+            clock.step()
+            if len(clock.times) > job["warmup"] + job["steps"]:
                 raise Enough
 
     mx.random.seed(0)
@@ -124,16 +161,18 @@ def run_theirs(job: dict[str, Any]) -> dict[str, float]:
         model.freeze()
         config = {"rank": RANK, "scale": 20.0, "dropout": 0.0}
         linear_to_lora_layers(model, len(model.layers), config)
+    mx.eval(model.parameters())
+    clock.tell("the model is there")
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArgs(
-            batch_size=job["batch_size"], iters=2 * job["steps"], steps_per_report=job["steps"], steps_per_eval=10**9,
+            batch_size=job["batch_size"], iters=job["warmup"] + job["steps"], steps_per_report=1, steps_per_eval=10**9,
             steps_per_save=10**9, max_seq_length=job["length"] + 1, grad_checkpoint=job["recompute"],
             adapter_file=str(Path(folder) / "adapters.safetensors"),
         )  # fmt: skip
         data = [(row.tolist(), 0) for row in rows(job)]
         with contextlib.suppress(Enough):
-            train(model, optim.AdamW(learning_rate=1e-5), data, args=settings, training_callback=Clock())
-    return {"seconds": (times[1] - times[0]) / job["steps"], "peak": mx.get_peak_memory()}
+            train(model, optim.AdamW(learning_rate=1e-5), data, args=settings, training_callback=Steps())
+    return clock.figures()
 
 
 def child(text: str) -> None:
@@ -149,13 +188,10 @@ def child(text: str) -> None:
 
 
 def figures(job: dict[str, Any], environment: dict[str, str]) -> dict[str, float] | str:
-    """What a fresh process measures, or the last line that it said when it failed."""
+    """What a fresh process measures, or that it failed; why, it says itself."""
     command = [sys.executable, __file__, "--child", json.dumps(job)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
-    if done.returncode:
-        return f"failed ({done.returncode}): {lines[-1] if lines else ''}"
-    return json.loads(lines[-1])
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    return f"failed ({done.returncode})" if done.returncode else json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def environments() -> dict[str, dict[str, str]]:
@@ -177,7 +213,8 @@ def main() -> None:
     parser.add_argument("--mode", nargs="+", choices=("full", "lora"), default=["full", "lora"])
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--warmup", type=int, default=3, help="steps before those that count")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default=None, help="default: float32 on the CPU, else bfloat16")
     parser.add_argument("--recompute", action="store_true", help="all layers are computed again for their gradients")
@@ -194,11 +231,11 @@ def main() -> None:
     names = {"ours": ["mlxlm"], "theirs": ["mlx-lm"]}.get(arguments.only or "", ["mlxlm", "mlx-lm"])
     if importlib.util.find_spec("mlx_lm") is None:
         names = [name for name in names if name != "mlx-lm"]
-    same = ("shape", "length", "batch_size", "steps", "recompute", "masters", "memory_limit")
+    same = ("shape", "length", "batch_size", "steps", "warmup", "recompute", "masters", "memory_limit")
     job = {name: getattr(arguments, name) for name in same}
     job["dtype"] = arguments.dtype or ("float32" if backend == "cpu" else "bfloat16")
     print(f"{backend}: {json.dumps(job)}, median of {arguments.repeats}", flush=True)
-    print(f"{'':8}{'':10}{'s a step':>10}{'tokens/s':>12}{'peak, GB':>10}")
+    print(f"{'':8}{'':10}{'s a step':>10}{'fastest':>10}{'tokens/s':>12}{'peak, GB':>10}", flush=True)
     for mode in arguments.mode:
         report(mode, names, job, arguments.repeats)
 
@@ -213,15 +250,18 @@ def report(mode: str, names: list[str], job: dict[str, Any], repeats: int) -> No
                 print(f"{mode:8}{name:10}{measured}", flush=True)
             else:
                 found[name].append(measured)
+                print(f"{mode:8}{name:10}steps in ms: {measured['steps']}", flush=True)
     speeds, peaks = {}, {}
     for name, each in found.items():
         if each:
             seconds = statistics.median(one["seconds"] for one in each)
             speeds[name], peaks[name] = job["batch_size"] * job["length"] / seconds, max(one["peak"] for one in each)
-            print(f"{mode:8}{name:10}{seconds:10.4f}{speeds[name]:12,.0f}{peaks[name] / 1e9:10.3f}", flush=True)
+            fastest = min(one["fastest"] for one in each)
+            line = f"{seconds:10.4f}{fastest:10.4f}{speeds[name]:12,.0f}{peaks[name] / 1e9:10.3f}"
+            print(f"{mode:8}{name:10}{line}", flush=True)
     if len(speeds) == 2:
         speed, memory = (kind["mlxlm"] / kind["mlx-lm"] for kind in (speeds, peaks))
-        print(f"{mode:8}{'ratio':10}{'':10}{speed:12.2f}{memory:10.2f}", flush=True)
+        print(f"{mode:8}{'ratio':10}{'':20}{speed:12.2f}{memory:10.2f}", flush=True)
 
 
 if __name__ == "__main__":

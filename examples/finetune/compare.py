@@ -4,9 +4,9 @@
     python examples/finetune/compare.py
     python examples/finetune/compare.py --methods lora ia3 -- --iters 20
 
-The second runs every method that has no result yet. What follows -- goes to mlxlm finetune. Each method runs by its own
-file, in a process of its own, so that its peak memory is its own. Prints a table and writes
-runs/finetune/compare.png (needs matplotlib: pip install "mlxlm-kit[plot]").
+The second runs every method that has no result yet, and goes on with one that was interrupted. What follows -- goes to
+mlxlm finetune. Each method runs by its own file, in a process of its own, so that its peak memory is its own. Prints a
+table and writes runs/finetune/compare.png (needs matplotlib: pip install "mlxlm-kit[plot]").
 """
 
 from __future__ import annotations
@@ -32,55 +32,70 @@ def run(method: str, folder: Path, more: list[str]) -> dict[str, Any] | None:
     if not (target / "results.json").is_file():
         print(f"== {method}", file=sys.stderr, flush=True)
         command = [sys.executable, "-m", "mlxlm", "finetune", "--config", str(HERE / f"{method}.yaml")]
-        done = subprocess.run([*command, "--adapter-path", str(target), *more], stdout=subprocess.DEVNULL)
+        begun = ["--resume"] if any(target.glob("checkpoints/step-*")) else []
+        done = subprocess.run([*command, "--adapter-path", str(target), *begun, *more], stdout=subprocess.DEVNULL)
         if done.returncode:
             print(f"{method} failed with status {done.returncode}", file=sys.stderr)
             return None
     return json.loads((target / "results.json").read_text(encoding="utf-8"))
 
 
+def measures(results: dict[str, Any]) -> dict[str, float]:
+    """What was measured on the test rows, or where there are none on the validation rows."""
+    return results["test"] or results["valid"]
+
+
 def quality(results: dict[str, Any]) -> float:
-    """Accuracy on the test rows; of runs without labels the share of right answers."""
-    measures = results["test"] or results["valid"]
-    return measures["accuracy"] if "accuracy" in measures else measures["exact_match"]
+    """Accuracy; of runs without labels the share of right answers."""
+    found = measures(results)
+    return found["accuracy"] if "accuracy" in found else found["exact_match"]
 
 
 # %% The table
 def table(found: dict[str, dict[str, Any]]) -> str:
-    """One line a method, best first."""
-    lines = [f"{'method':18}{'quality':>9}{'trainable':>12}{'share':>9}{'time, s':>9}{'memory, GB':>12}"]
-    for name, results in sorted(found.items(), key=lambda item: -quality(item[1])):
+    """One line a method, best first, ties by loss: a table of Markdown."""
+    lines = [
+        "| method | right answers | loss | trainable | share | steps | time, s | peak memory, GB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, results in sorted(found.items(), key=lambda item: (-quality(item[1]), measures(item[1])["loss"])):
         share = results["trainable"] / results["parameters"]
-        lines.append(
-            f"{name:18}{quality(results):9.1%}{results['trainable']:12,}{share:9.2%}{results['seconds']:9.0f}"
-            f"{results['peak_memory'] / 1e9:12.2f}"
-        )
+        cells = (
+            name, f"{quality(results):.1%}", f"{measures(results)['loss']:.4f}", f"{results['trainable']:,}",
+            f"{share:.2%}", results["steps"], f"{results['seconds']:.0f}", f"{results['peak_memory'] / 1e9:.2f}",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
 # %% The picture
 def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
-    """Quality against each of the axes."""
+    """Right answers, and below them the loss, which still differs where all answers are right, against each axis."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, plots = pyplot.subplots(1, len(AXES), figsize=(4.6 * len(AXES) + 2, 4.5), sharey=True)
+    rows = {"right answers, %": lambda one: 100 * quality(one), "loss": lambda one: measures(one)["loss"]}
+    shape = len(rows), len(AXES)
+    figure, plots = pyplot.subplots(*shape, figsize=(4.2 * shape[1] + 2, 3.6 * shape[0]), sharex="col", sharey="row")
     colours = pyplot.colormaps["tab20"].colors
-    for plot, (key, title) in zip(plots, AXES.items(), strict=True):
-        scale = 1e-9 if key == "peak_memory" else 1
-        for number, (name, results) in enumerate(sorted(found.items())):
-            look = {"color": colours[number % 20], "marker": MARKERS[number % len(MARKERS)], "alpha": 0.85}
-            plot.plot(results[key] * scale, 100 * quality(results), linestyle="", markersize=9, label=name, **look)
-        plot.set_xlabel(title)
-        plot.grid(alpha=0.3)
-        if key == "trainable":
-            plot.set_xscale("log")
-    plots[0].set_ylabel("right answers on the test rows, %")
-    plots[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=9)
+    for line, (wanted, value) in zip(plots, rows.items(), strict=True):
+        for plot, (key, title) in zip(line, AXES.items(), strict=True):
+            scale = 1e-9 if key == "peak_memory" else 1
+            for number, (name, results) in enumerate(sorted(found.items())):
+                look = {"color": colours[number % 20], "marker": MARKERS[number % len(MARKERS)], "alpha": 0.85}
+                plot.plot(results[key] * scale, value(results), linestyle="", markersize=9, label=name, **look)
+            plot.grid(alpha=0.3)
+            if key == "trainable":
+                plot.set_xscale("log")
+            if wanted == "loss":
+                plot.set_yscale("log")
+                plot.set_xlabel(title)
+        line[0].set_ylabel(f"{wanted}, on the test rows")
+    figure.legend(*plots[0, 0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
 
 
@@ -89,10 +104,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, metavar="METHOD")
     parser.add_argument("--output", type=Path, default=Path("runs/finetune"), help="default runs/finetune")
+    parser.add_argument(
+        "--model", nargs="+", default=[], metavar="METHOD=PATH", help="another model for a method, as bitfit=FOLDER"
+    )
     words = sys.argv[1:]
     mine, more = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     options = parser.parse_args(mine)
-    results = {method: run(method, options.output, more) for method in options.methods}
+    models = dict(text.split("=", 1) for text in options.model if "=" in text)
+    if len(models) < len(options.model) or models.keys() - set(METHODS):
+        parser.error(f"--model is METHOD=PATH, of {', '.join(METHODS)}; got {' '.join(options.model)}")
+    given = {method: ["--model", models[method]] if method in models else [] for method in options.methods}
+    results = {method: run(method, options.output, [*given[method], *more]) for method in options.methods}
     found = {method: one for method, one in results.items() if one is not None}
     if not found:
         sys.exit("no method has a result")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlxlm.cli import options as opt
-from mlxlm.errors import DataError, UsageError, nearest
+from mlxlm.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from mlxlm.data import Rows
@@ -21,7 +21,11 @@ def evaluate(
     model: opt.ModelOrShipped = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", metavar="PATH", help="A .jsonl or .txt file, or a folder with test.jsonl."),
+        typer.Option("--data", metavar="PATH", help="A .jsonl, .txt, .csv ... file, a folder, or hub:OWNER/NAME."),
+    ] = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option("--columns", metavar="NAME=COLUMN", help="Rename columns, as label=category; may be repeated."),
     ] = None,
     split: Annotated[str | None, typer.Option("--split", help="Of a folder: test (default), valid or train.")] = None,
     adapter_path: opt.AdapterPath = None,
@@ -88,7 +92,7 @@ def evaluate(
         batch_size=batch_size, truncate=truncate, window=window, stride=stride, max_tokens=max_tokens,
         generate=generate, normalize=normalize,  # type: ignore[arg-type]
     )  # fmt: skip
-    rows = _rows(str(data), split, limit)
+    rows = _rows(str(data), split, limit, opt.columns_of(columns or ()))
     target = opt.Output(predictions) if predictions is not None else None  # refuses before anything is computed
     if target is not None and rows.format == "text":
         raise UsageError("--predictions is for rows that have an answer, not for text")
@@ -103,26 +107,20 @@ def evaluate(
     _print({"model": model, "data": rows.name, "format": scores.format, "rows": scores.count, **scores.values}, start)
 
 
-def _rows(data: str, split: str | None, limit: int | None) -> Rows:
-    """The rows of a file, or of one split of a folder; a .txt file is one text."""
-    from mlxlm.data import Rows, Source, check_rows, find_splits, read_documents, read_rows, read_splits
+def _rows(data: str, split: str | None, limit: int | None, columns: dict[str, str]) -> Rows:
+    """The rows of a file, or of one split of a folder or a data set; a .txt or .md file is one text."""
+    from mlxlm.data import Source, check_rows, read_documents, read_split
+    from mlxlm.data.supervised_rows import TEXT_FILES
 
-    path = Path(data)
-    if path.suffix == ".txt" and path.is_file():
+    path = Path(data).expanduser()
+    if path.suffix.lower() in TEXT_FILES and path.is_file():
         texts = list(read_documents(Source(location=data), [path]))
         if not texts:
             raise DataError(f"{data} is empty; there is no text to evaluate on")
         return check_rows(data, ((data, {"text": text}) for text in texts), limit)
-    if path.is_file():
-        if split is not None:
-            raise UsageError("--split is for a folder; --data is a file")
-        return read_rows(path, limit=limit)
-    found = read_splits(data) if data.startswith("hub:") else find_splits(path)
-    name = split or "test"
-    if name not in found:
-        raise UsageError(f"{data} has no split {name!r}{nearest(name, found)}; choose one with --split")
-    one = found[name]
-    return check_rows(f"{data}, {name}", one.rows, limit) if isinstance(one, Rows) else read_rows(one, limit=limit)
+    if path.is_file() and split is not None:
+        raise UsageError("--split is for a folder; --data is a file")
+    return read_split(data, split, limit=limit, columns=columns)
 
 
 def _print(result: dict[str, Any], start: float) -> None:

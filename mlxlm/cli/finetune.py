@@ -99,6 +99,7 @@ def _merged(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     if "data" not in given and "data" not in values:
         raise UsageError("--data is needed: a folder with train.jsonl, a file, or a hub data set")
     of_method = dict(parse_override(text) for text in given.pop("set", ()))
+    columns = opt.columns_of(given.pop("columns", ()))
     if "iters" in given:
         values.pop("epochs", None)
     if "epochs" in given:
@@ -108,5 +109,7 @@ def _merged(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     values = {**values, **given}
     if of_method:
         values["set"] = {**(values.get("set") or {}), **of_method}
+    if columns:
+        values["columns"] = {**(values.get("columns") or {}), **columns}
     values.setdefault("model", opt.shipped_model())
     return values

@@ -55,7 +55,21 @@ def with_flags(flags: Sequence[Flag]) -> Callable[[Callable[..., None]], Callabl
 
 
 FLAGS = (
-    Flag(("--data",), str, DATA, "A folder with train.jsonl (and valid, test), a file, or a hub data set.", "PATH"),
+    Flag(
+        ("--data",),
+        str,
+        DATA,
+        "A folder with train.jsonl (and valid, test), a .jsonl, .txt, .csv or .parquet file, or hub:OWNER/NAME; behind "
+        "a colon its splits, as :train[:10%].",
+        "PATH",
+    ),
+    Flag(
+        ("--columns",),
+        list[str],
+        DATA,
+        "Rename columns of the data, as completion=response; may be repeated.",
+        "NAME=COLUMN",
+    ),
     Flag(("--max-seq-length",), int, DATA, "Tokens of an example; default the model's context, at most 2048."),
     Flag(
         ("--truncation",),

@@ -161,6 +161,14 @@ def adapter_weights(adapters: Sequence[str]) -> dict[str, float]:
     return weights
 
 
+def columns_of(given: Sequence[str]) -> dict[str, str]:
+    """{"completion": "response"} from completion=response. Raises UsageError for anything else."""
+    found = dict(text.split("=", 1) for text in given if "=" in text)
+    if len(found) < len(given) or not all(name and column for name, column in found.items()):
+        raise UsageError(f"--columns is NAME=COLUMN, each name once, not {' '.join(given)!r}")
+    return found
+
+
 def parse_logit_bias(text: str | None) -> dict[int, float]:
     """Token biases from JSON. Raises SamplingError for anything else."""
     if text is None:

@@ -22,7 +22,17 @@ from mlxlm.data.store import TokenStore
 from mlxlm.data.supervised import TRUNCATIONS, Encoding, Example, Report, encode_rows, label_names
 from mlxlm.data.supervised_batches import SupervisedSource, pack_examples, pad_examples
 from mlxlm.data.supervised_chat import LOSS_ON, Scored, encode_chat_turns, encode_pieces, with_end
-from mlxlm.data.supervised_rows import FORMATS, SPLITS, Rows, check_rows, find_splits, read_rows, read_splits
+from mlxlm.data.supervised_rows import (
+    FORMATS,
+    SPLITS,
+    Rows,
+    check_rows,
+    find_splits,
+    read_rows,
+    read_split,
+    read_splits,
+    renaming,
+)
 
 __all__ = [
     "FORMATS",
@@ -58,6 +68,8 @@ __all__ = [
     "read_documents",
     "read_jsonl",
     "read_rows",
+    "read_split",
     "read_splits",
+    "renaming",
     "with_end",
 ]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from mlxlm.data.library_rows import from_library
 from mlxlm.errors import DataError, UsageError, listing, nearest
 
 HUB_PREFIX = "hf:"
@@ -223,14 +224,7 @@ def _zstd_errors() -> list[type[Exception]]:
 def _hub_dataset(source: Source) -> Any:
     """The rows of a Hugging Face data set, memory-mapped by its own library."""
     name, _, split = source.location.removeprefix(HUB_PREFIX).partition(":")
-    try:
-        datasets = importlib.import_module("datasets")
-    except ImportError:
-        raise DataError(f"{source.location}: needs the package datasets (pip install datasets)") from None
-    try:
-        return datasets.load_dataset(name, split=split or "train")
-    except Exception as error:  # the library raises whatever its many back ends raise
-        raise DataError(f"{source.location} can't be loaded: {str(error).strip().splitlines()[0]}") from None
+    return from_library(source.location, lambda library: library.load_dataset(name, split=split or "train"))
 
 
 def _hub_texts(source: Source) -> Iterator[str]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxlm.data.jsonl import read_jsonl
-from mlxlm.errors import DataError, listing, nearest
+from mlxlm.data.library_rows import library_splits
+from mlxlm.errors import DataError, UsageError, listing, nearest
 
 Row = Mapping[str, Any]
 SPLITS = ("train", "valid", "test")
@@ -23,6 +24,19 @@ class Format:
     optional: tuple[str, ...] = ()
 
 
+TEXT_FILES = (".txt", ".md")
+# What other programs call our keys.
+_USUAL = {
+    "prompt": "instruction question query problem input user context",
+    "completion": "response answer output reply solution assistant",
+    "text": "sentence content document body review",
+    "label": "labels category class sentiment intent",
+    "tokens": "words",
+    "labels": "tags ner_tags pos_tags",
+    "source": "article src",
+    "target": "summary tgt highlights",
+}
+
 # The first whose keys are all there wins, so that {"text", "label"} is not taken for {"text"}.
 FORMATS: dict[str, Format] = {
     "chat": Format(keys=("messages",), optional=("tools",)),
@@ -36,6 +50,7 @@ FORMATS: dict[str, Format] = {
     "text": Format(keys=("text",)),
     "prompt": Format(keys=("prompt",)),
 }
+_KEYS = {key for form in FORMATS.values() for key in (*form.keys, *form.optional)}
 
 
 @dataclass(frozen=True)
@@ -55,32 +70,49 @@ def format_of(row: Row, where: str) -> str:
     for name, form in FORMATS.items():
         if all(key in row for key in form.keys):
             return name
-    known = {key for form in FORMATS.values() for key in form.keys}
-    strange = next((key for key in row if key not in known), "")
+    strange = next((key for key in row if key not in _KEYS), "")
     expected = "; ".join("{" + ", ".join(form.keys) + "}" for form in FORMATS.values())
-    hint = nearest(strange, known) if strange else ""
+    hint = renaming(row) or (nearest(strange, _KEYS) if strange else "")
     raise DataError(
         f"{where}: the keys {listing(row) or 'none'} are of no known format{hint} (expected one of {expected})"
     )
 
 
-def read_rows(path: str | Path, *, limit: int | None = None) -> Rows:
-    """All rows of a .jsonl file, checked: one format, taken from the first row, and values of the right types.
+def renaming(row: Row) -> str:
+    """A hint which columns to rename for a format with more of the row in it; "" where no name is a usual one."""
+    ours = {theirs: name for name, usual in _USUAL.items() for theirs in usual.split()}
+    for form in FORMATS.values():
+        names = {key: next((one for one in row if ours.get(one) == key), None) for key in form.keys if key not in row}
+        if names and all(names.values()) and len(form.keys) > 1:
+            given = " ".join(f"--columns {key}={theirs}" for key, theirs in names.items())
+            return f"; did you mean {{{', '.join(form.keys)}}}? Say so with {given}"
+    return ""
+
+
+def read_rows(path: str | Path, *, limit: int | None = None, columns: Mapping[str, str] | None = None) -> Rows:
+    """All rows of a .jsonl file, checked: one format, taken from the first row, and values of the right types. Of a
+    .txt or .md file each paragraph is a row of text.
 
     Keys that the format doesn't know are passed over, as data often carries ids and sources.  limit: of rows, None
-    for all.  Raises DataError naming file and line.
+    for all.  columns: see `read_splits`.  Raises DataError naming file and line.
     """
-    name = str(path)
-    return check_rows(name, ((f"{name}, line {number}", row) for number, row in _numbered(path)), limit)
+    name, rows = str(path), (_paragraphs(path) if Path(path).suffix.lower() in TEXT_FILES else _numbered(path))
+    return check_rows(name, ((f"{name}, line {number}", row) for number, row in rows), limit, columns)
 
 
-def check_rows(name: str, rows: Iterable[tuple[str, Row]], limit: int | None = None) -> Rows:
-    """The rows as `Rows`, each with the place that messages name it by. Raises DataError for the first bad one."""
+def check_rows(
+    name: str, rows: Iterable[tuple[str, Row]], limit: int | None = None, columns: Mapping[str, str] | None = None
+) -> Rows:
+    """The rows as `Rows`, each with the place that messages name it by.  columns: see `read_splits`.
+
+    Raises DataError for the first bad one.
+    """
     found: list[tuple[str, Row]] = []
     form = ""
-    for where, row in rows:
+    for where, given in rows:
         if limit is not None and len(found) >= limit:
             break
+        row = _renamed(given, columns, where) if columns else given
         form = form or format_of(row, where)
         if not all(key in row for key in FORMATS[form].keys):
             missing = listing(key for key in FORMATS[form].keys if key not in row)
@@ -95,18 +127,28 @@ def check_rows(name: str, rows: Iterable[tuple[str, Row]], limit: int | None = N
     return Rows(name, form, found)
 
 
+def _renamed(row: Row, columns: Mapping[str, str], where: str) -> Row:
+    for ours, theirs in columns.items():
+        if ours not in _KEYS:
+            raise UsageError(f"columns: no format has {ours!r}{nearest(ours, _KEYS)}")
+        if theirs not in row:
+            raise DataError(f"{where}: there is no column {theirs!r} to take for {ours!r}{nearest(theirs, row)}")
+    rest = {name: value for name, value in row.items() if name not in columns.values()}
+    return {**rest, **{ours: row[theirs] for ours, theirs in columns.items()}}
+
+
 def find_splits(data: str | Path) -> dict[str, Path]:
     """Files of the splits: of a folder train.jsonl, valid.jsonl and test.jsonl; a single file is "train".
 
     Raises DataError when there is no such file or folder, or no train.jsonl in it.
     """
-    path = Path(data)
+    path = Path(data).expanduser()
     if path.is_file():
         return {"train": path}
     if not path.is_dir():
         raise DataError(
-            f"{data} is no file and no folder; expected a .jsonl file, a folder with train.jsonl, or a hub data set "
-            "written as hub:OWNER/NAME"
+            f"{data} is no file and no folder; expected a .jsonl, .txt, .csv or .parquet file, a folder with "
+            "train.jsonl, or a data set of the hub, written as hub:OWNER/NAME"
         )
     found = {name: path / f"{name}.jsonl" for name in SPLITS if (path / f"{name}.jsonl").is_file()}
     for name in _VALID_NAMES:
@@ -120,36 +162,39 @@ def find_splits(data: str | Path) -> dict[str, Path]:
     return found
 
 
-def read_splits(data: str | Path) -> dict[str, Rows]:
-    """The rows of all splits of a folder, a file, or a hub data set ("hub:OWNER/NAME", with `datasets` installed).
+def read_splits(data: str | Path, columns: Mapping[str, str] | None = None) -> dict[str, Rows]:
+    """The rows of all splits of a folder, a file, or what `library_rows` reads.
 
+    columns: names that formats have, by those that the data has instead, as {"completion": "response"}.
     Raises DataError, also when the splits are of different formats.
     """
-    if str(data).startswith("hub:"):
-        splits = _from_hub(str(data).removeprefix("hub:"))
+    tables = library_splits(str(data))
+    if tables is not None:
+        splits = {name: check_rows(f"{data}, {name}", rows, columns=columns) for name, rows in tables.items()}
     else:
-        splits = {name: read_rows(path) for name, path in find_splits(data).items()}
+        splits = {name: read_rows(path, columns=columns) for name, path in find_splits(data).items()}
     forms = {rows.format for rows in splits.values()}
     if len(forms) > 1:
         raise DataError(f"{data}: the splits are of different formats: {listing(sorted(forms))}")
     return splits
 
 
-def _from_hub(name: str) -> dict[str, Rows]:
-    try:
-        import datasets  # type: ignore[import-not-found]
-    except ImportError:
-        raise DataError(f"hub:{name} needs the package `datasets`: pip install datasets, or give a folder") from None
-    try:
-        found = datasets.load_dataset(name)
-    except Exception as error:  # of many kinds: network, unknown name, a broken file
-        raise DataError(f"hub:{name} can't be loaded: {error}") from None
-    names = {"validation": "valid", "dev": "valid"}
-    return {
-        names.get(split, split): check_rows(split, ((f"{split}, row {i}", row) for i, row in enumerate(rows, 1)))
-        for split, rows in found.items()
-        if names.get(split, split) in SPLITS
-    }
+def read_split(
+    data: str | Path, split: str | None = None, *, limit: int | None = None, columns: Mapping[str, str] | None = None
+) -> Rows:
+    """The rows of one split, by default of "test", or of the only one of what is no folder of splits.
+
+    limit, columns: see `read_rows`.  Raises UsageError for a split that the data hasn't.
+    """
+    tables = library_splits(str(data))
+    found: Mapping[str, Any] = find_splits(data) if tables is None else tables
+    alone = len(found) == 1 and not (tables is None and Path(data).expanduser().is_dir())
+    name = split or ("train" if alone and "train" in found else "test")
+    if name not in found:
+        raise UsageError(f"{data} has no split {name!r}{nearest(name, found)}; choose one with --split")
+    if tables is None:
+        return read_rows(found[name], limit=limit, columns=columns)
+    return check_rows(f"{data}, {name}", found[name], limit, columns)
 
 
 def _numbered(path: str | Path) -> Iterable[tuple[int, Row]]:
@@ -163,6 +208,23 @@ def _numbered(path: str | Path) -> Iterable[tuple[int, Row]]:
             raise DataError(f"{path} can't be read: {error.strerror}") from None
     for index, row in enumerate(read_jsonl(path)):
         yield (text_lines[index] if index < len(text_lines) else index + 1), row
+
+
+def _paragraphs(path: str | Path) -> Iterable[tuple[int, Row]]:
+    """The paragraphs of a text, which empty lines part, and the lines that they begin at."""
+    try:
+        lines = Path(path).read_bytes().decode("utf-8-sig").splitlines()
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    held: list[str] = []
+    for number, line in enumerate([*lines, ""], 1):
+        if line.strip():
+            held.append(line)
+        elif held:
+            yield number - len(held), {"text": "\n".join(held)}
+            held = []
 
 
 def _text(row: Row, where: str, *keys: str, empty: bool = False) -> None:

@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from mlxlm.data import Encoding, Example, Report, Rows, SupervisedSource, encode_rows, label_names, read_splits
+from mlxlm import runtime
+from mlxlm.data import (
+    FORMATS,
+    Encoding,
+    Example,
+    Report,
+    Rows,
+    SupervisedSource,
+    encode_rows,
+    label_names,
+    read_splits,
+    renaming,
+)
 from mlxlm.errors import DataError, UnsupportedModelError, UsageError
 from mlxlm.models import Transformer, TransformerConfig
 
@@ -26,14 +38,15 @@ _LONGEST = 2048  # default of max_seq_length, where the context is longer
 
 def read_rows(settings: FinetuneSettings) -> tuple[dict[str, Rows], list[str]]:
     """The rows of each split, and what was done to them, in sentences. Without validation rows some are held out."""
-    name = settings.data
-    if not Path(name).expanduser().exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        name = f"hub:{name}"
-    splits = read_splits(name if name.startswith("hub:") else str(Path(name).expanduser()))
+    splits = read_splits(located(settings.data), settings.columns)
     if "train" not in splits:
         raise DataError(f"{settings.data} has no train rows; it has {', '.join(splits)}")
     said = []
     train = splits["train"]
+    hint = renaming(train.rows[0][1])
+    if hint:
+        passed = [name for name in train.rows[0][1] if name not in FORMATS[train.format].keys]
+        said.append(f"rows are taken for {train.format}, without {', '.join(passed)}{hint}")
     if "valid" not in splits and settings.valid_fraction:
         count = min(round(settings.valid_fraction * len(train)), _MOST_HELD_OUT)
         if len(train) < _LEAST_TO_SPLIT or not count:
@@ -50,12 +63,25 @@ def read_rows(settings: FinetuneSettings) -> tuple[dict[str, Rows], list[str]]:
     return {split: splits[split] for split in ("train", "valid", "test") if split in splits}, said
 
 
+def located(name: str) -> str:
+    """What data is called where it is read: a path without ~, and for OWNER/NAME that is no path the hub."""
+    path = Path(name).expanduser()
+    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(:.*)?", name) and not path.parent.is_dir():
+        return f"hub:{name}"
+    return str(path) if path.exists() else name
+
+
 def kind_of(form: str, config: TransformerConfig) -> Kind:
     """What is learned from rows of a format by a model. Raises an error where the two don't go together."""
-    if form in ("preference", "ranking", "prompt"):
+    if form == "prompt":
         raise DataError(
-            "rows with chosen and rejected answers, ranked answers or prompts alone are for preference learning "
-            "(mlxlm align), not for fine-tuning"
+            "the rows have a prompt and no completion; to learn without answers is for `mlxlm align`. An answer under "
+            "another name is given by --columns completion=NAME"
+        )
+    if form in ("preference", "ranking"):
+        raise DataError(
+            "rows with chosen and rejected answers, or ranked ones, are for preference learning (mlxlm align), not for "
+            "fine-tuning"
         )
     if form == "tagging":
         return "tokens"
@@ -126,7 +152,7 @@ class Examples:
         epochs = None if settings.iters is not None else settings.epochs or 3
         return SupervisedSource(
             self.splits["train"], settings.batch_size, max_length=self.max_length, epochs=epochs, seed=settings.seed,
-            packing=settings.packing, decoder_start=self.decoder_start,
+            packing=settings.packing, decoder_start=self.decoder_start, multiple=_multiple(),
         )  # fmt: skip
 
     def measured(self, split: str, settings: FinetuneSettings) -> list[Example]:
@@ -141,8 +167,13 @@ class Examples:
         ordered = sorted(examples, key=lambda example: max(len(example.tokens), len(example.target or ())))
         return lambda: SupervisedSource(
             ordered, settings.batch_size, max_length=self.max_length, epochs=1, shuffle=False, packing=settings.packing,
-            decoder_start=self.decoder_start,
+            decoder_start=self.decoder_start, multiple=_multiple(),
         )  # fmt: skip
+
+
+def _multiple() -> int:
+    """Padded lengths are multiples of it: large where a step is compiled for each of them, small where none is."""
+    return 8 if runtime.backend() == "cpu" else 32
 
 
 def encode(

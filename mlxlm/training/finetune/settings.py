@@ -31,7 +31,8 @@ class FinetuneSettings:
     """How to fine-tune.
 
     model: a checkpoint directory, .gguf file or hub id.  data: a folder with train.jsonl (valid.jsonl, test.jsonl), a
-    file, or a data set of the hub.  adapter_path: the run's folder, where the result goes.
+    file, or what `mlxlm.data.library_rows` reads, such as a data set of the hub.  columns: names that rows are to have,
+    with those that they have instead.  adapter_path: the run's folder, where the result goes.
     method: a key of `mlxlm.peft.METHODS`.  rank, alpha, dropout, targets, num_tokens, set: of the method, None for
     its own defaults; `set` takes any of them by name.  num_layers: only the last ones, -1 for all.
     resume_adapter_file: an adapter to begin with.
@@ -58,6 +59,7 @@ class FinetuneSettings:
 
     model: str
     data: str
+    columns: dict[str, str] = field(default_factory=dict)
     adapter_path: str = "adapters"
     method: str = "lora"
     rank: int | None = None
@@ -257,7 +259,7 @@ def _lora_parameters(values: Any) -> dict[str, Any]:
 
 def _fits(value: Any, kind: str) -> bool:
     if "dict" in kind:
-        return isinstance(value, dict)
+        return isinstance(value, dict) and ("Any" in kind or all(isinstance(one, str) for one in value.values()))
     if "tuple" in kind:
         return (
             isinstance(value, str)
@@ -268,7 +270,12 @@ def _fits(value: Any, kind: str) -> bool:
 
 
 def _readable_type(kind: str) -> str:
-    names = {"dict[str, Any]": "a mapping", "tuple[str, ...]": "a list of names", "None": "null"}
+    names = {
+        "dict[str, Any]": "a mapping",
+        "dict[str, str]": "a mapping of names",
+        "tuple[str, ...]": "a list of names",
+        "None": "null",
+    }
     return " or ".join(names.get(part, part) for part in kind.split(" | "))
 
 

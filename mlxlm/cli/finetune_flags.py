@@ -124,11 +124,14 @@ FLAGS = (
     Flag(("--clip-norm",), float, LEARNING, "Largest norm of the gradient, default 1."),
     Flag(("--label-smoothing",), float, LEARNING, "Default 0."),
     Flag(("--ema-decay",), float, LEARNING, "Average the weights over time; default off."),
-    Flag(("--patience",), int, LEARNING, "Stop after so many evaluations without a better loss; default 0, never."),
+    Flag(("--patience",), int, LEARNING, "Stop after so many evaluations without better weights; default 0, never."),
     Flag(("--seed",), int, LEARNING, "Of order, new weights and dropout, default 0."),
+    Flag(("--best-by",), str, MEASURING, "What tells the best weights: loss (default), and of labels accuracy or f1."),
     Flag(("--val-batches",), int, MEASURING, "Batches of an evaluation; default -1, all."),
     Flag(("--steps-per-report",), int, MEASURING, "Updates between reports, default 10."),
-    Flag(("--steps-per-eval",), int, MEASURING, "Updates between evaluations; default a tenth of the run."),
+    Flag(
+        ("--steps-per-eval",), int, MEASURING, "Updates between evaluations; default a tenth of the run, at least 10."
+    ),
     Flag(("--save-every",), int, MEASURING, "Updates between checkpoints, besides those of evaluations."),
     Flag(("--test/--no-test",), bool, MEASURING, "Measure on test.jsonl at the end; default if there is one."),
     Flag(("--samples",), int, MEASURING, "Rows answered before, while and after training, default 3."),

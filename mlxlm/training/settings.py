@@ -33,10 +33,12 @@ class TrainSettings:
     cache_limit: bytes of freed buffers that MLX may keep for reuse while the run lasts, 0 for none; None, the default,
     leaves the limit as it is. Less memory, and slower the lower it is.
     compile: the step, None for yes on a GPU.  seed: of dropout.
-    evaluate_every, save_every, report_every: in steps; 0 for the end alone.  patience: evaluations without a better
-    loss after which to stop, 0 never.  keep_last: newest checkpoints kept beside the best one.
+    evaluate_every, save_every, report_every: in steps; 0 for the end alone.  best_by: by what the best weights are
+    told, "loss" (the default, the lowest) or a measure that the task has besides, such as "accuracy" (the highest; of
+    equal ones the loss decides).  patience: evaluations without better weights after which to stop, 0 never.
+    keep_last: newest checkpoints kept beside the best one.
     final_weights: "last", the default, or "best": a run that ends leaves the weights of its last step in the model, or
-    those of the checkpoint with the lowest loss on the validation data.
+    those of the checkpoint that was best on the validation data.
     max_skipped: updates in a row that may be skipped for gradients that aren't finite.
     """
 
@@ -65,6 +67,7 @@ class TrainSettings:
     evaluate_every: int = 0
     save_every: int = 0
     report_every: int = 10
+    best_by: str = "loss"
     patience: int = 0
     keep_last: int = 3
     final_weights: str = "last"

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxlm import runtime
-from mlxlm.errors import CheckpointError, DataError, TrainingError, UsageError, listing
+from mlxlm.errors import CheckpointError, DataError, TrainingError, UsageError, listing, nearest
 from mlxlm.models import Transformer
 from mlxlm.training.checkpoints import Checkpoints, TrainingState
 from mlxlm.training.communicator import Communicator
@@ -36,7 +36,8 @@ class Progress:
 
     step: updates done, skipped ones included.  tokens: read so far.  targets: learned so far.  skipped, in_a_row:
     updates left out, in all and just now.  loss, count, interval_tokens: sums since the last report.
-    best, best_step: lowest loss on the validation data.  stale: evaluations since then.
+    best, best_measure, best_step: loss on the validation data, and the measure by which they are chosen, of the best
+    weights so far; the lowest loss where none is named.  stale: evaluations since then.
     """
 
     step: int = 0
@@ -48,6 +49,7 @@ class Progress:
     count: int = 0
     interval_tokens: int = 0
     best: float | None = None
+    best_measure: float | None = None
     best_step: int | None = None
     stale: int = 0
     evaluated: int = -1
@@ -124,6 +126,8 @@ class Trainer:
         self.progress = Progress()
         if settings.patience and (valid is None or not settings.evaluate_every):
             raise UsageError("patience needs validation data and evaluate_every")
+        if settings.best_by != "loss" and measure is None:
+            raise UsageError(f"best_by is {settings.best_by!r}, but only the loss is measured here")
         if settings.final_weights == "best" and (valid is None or folder is None):
             raise UsageError("final_weights 'best' needs validation data and a folder for checkpoints")
         self.step = Step(model, task, settings, communicator)
@@ -202,7 +206,8 @@ class Trainer:
         if self.settings.final_weights == "best" and self.checkpoints is not None and best is not None:
             state = self.checkpoints.load(best)
             self.step.take({part: state.arrays[part] for part in self._parts()})
-            self._tell("on_message", f"the weights are those of step {best}, whose validation loss was lowest")
+            why = "validation loss was lowest" if self.settings.best_by == "loss" else f"{self._best_by} was highest"
+            self._tell("on_message", f"the weights are those of step {best}, whose {why}")
         self.step.give_back(averaged=True)
         if self.save_model is not None and self.folder is not None:
             self.save_model(self.folder / "model")
@@ -318,14 +323,28 @@ class Trainer:
         metrics = {"valid_loss": result.loss, "perplexity": result.perplexity, "count": result.count}
         with self.step.held():
             self._tell("on_evaluation", {"step": progress.step, **metrics, **more})
-        if progress.best is None or result.loss < progress.best:
+        if self._is_better(result.loss, more):
             progress.best, progress.best_step, progress.stale = result.loss, progress.step, 0
+            progress.best_measure = more.get(self.settings.best_by)
             if self.checkpoints is not None and self._save():
                 self.checkpoints.mark_best(progress.step, result.loss)
         else:
             progress.stale += 1
         self._clock.paused += time.perf_counter() - started
         return bool(self.settings.patience) and progress.stale >= self.settings.patience
+
+    @property
+    def _best_by(self) -> str:
+        return self.settings.best_by.replace("_", " ")
+
+    def _is_better(self, loss: float, measures: dict[str, float]) -> bool:
+        """Whether these weights are better than the best so far: by the measure that is named, then by the loss."""
+        progress, by = self.progress, self.settings.best_by
+        if by != "loss" and by not in measures:
+            raise UsageError(f"best_by is {by!r}, which is not measured here{nearest(by, ['loss', *measures])}")
+        if progress.best is None or progress.best_measure is None:
+            return progress.best is None or loss < progress.best
+        return (-measures[by], loss) < (-progress.best_measure, progress.best)
 
     def _measured(self) -> tuple[Evaluation, dict[str, float]]:
         """The loss on the validation data and further numbers, of the (averaged) weights."""

@@ -11,7 +11,7 @@ from training_runs import Fixed, Rows, tiny_model, weights_of
 
 from mlxlm import runtime
 from mlxlm.errors import DataError, TrainingError, UsageError
-from mlxlm.training import Console, MetricsFile, Reporter, Trainer, TrainSettings, WordLoss, read_metrics
+from mlxlm.training import Console, Evaluation, MetricsFile, Reporter, Trainer, TrainSettings, WordLoss, read_metrics
 
 TEXT = """\
 It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a wife.
@@ -40,11 +40,14 @@ class Events(Reporter):
         self.messages.append(text)
 
 
-def trainer(source, folder=None, model=None, valid=None, task=None, **settings):
+def trainer(source, folder=None, model=None, valid=None, task=None, measure=None, **settings):
     events = Events()
     settings = TrainSettings(**{"steps": 4, "learning_rate": 1e-2, "compile": False, "report_every": 1, **settings})
     model = tiny_model(attention_dropout=0.0) if model is None else model
-    return Trainer(model, task or WordLoss(), source, settings, folder, valid=valid, reporters=[events]), events
+    made = Trainer(
+        model, task or WordLoss(), source, settings, folder, valid=valid, reporters=[events], measure=measure
+    )
+    return made, events
 
 
 def reference_loss(model, batches):
@@ -438,3 +441,25 @@ def test_the_console_says_that_16_bits_are_slow_on_a_cpu(capsys):
     training.reporters.append(Console())
     training.run()
     assert "dtype bfloat16: on the CPU products of 16 bits are about ten times slower" in capsys.readouterr().err
+
+
+def test_the_best_weights_are_told_by_a_measure_and_among_equals_by_the_loss(tmp_path):
+    made = [(0.5, 0.9), (0.7, 0.3), (0.7, 0.6), (0.7, 0.2), (0.6, 0.1)]  # accuracy, loss
+    found = iter(made)
+
+    def measure():
+        accuracy, loss = next(found)
+        return Evaluation(loss, 1), {"accuracy": accuracy}
+
+    options = {"steps": 10, "evaluate_every": 2, "final_weights": "best", "best_by": "accuracy"}
+    training, events = trainer(Rows(), tmp_path, valid=Rows, measure=measure, **options)
+    result = training.run()
+    assert (result.best_step, result.best) == (8, 0.2)
+    assert training.checkpoints.best() == 8
+    assert events.messages == ["the weights are those of step 8, whose accuracy was highest"]
+    with pytest.raises(UsageError, match="only the loss is measured"):
+        trainer(Rows(), valid=Rows, steps=1, best_by="accuracy")
+    options = {"steps": 2, "evaluate_every": 1, "best_by": "accuracy"}
+    training, _ = trainer(Rows(), valid=Rows, measure=lambda: (Evaluation(1.0, 1), {"f1": 1.0}), **options)
+    with pytest.raises(UsageError, match="'accuracy', which is not measured here"):
+        training.run()

@@ -19,7 +19,7 @@ from mlxlm import peft, runtime
 from mlxlm.checkpoint import read_json, write_bytes_atomic, write_json_atomic
 from mlxlm.distributed import Joined, Mesh, connect
 from mlxlm.errors import UnsupportedModelError, UsageError
-from mlxlm.generation import head_labels
+from mlxlm.generation import entities, head_labels
 from mlxlm.models import SequenceHeadSpec, Transformer, load, save, with_classification_head
 from mlxlm.peft.files import check_layout
 from mlxlm.training import plan as plans
@@ -55,6 +55,7 @@ Say = Callable[[str], None]
 SETTINGS, BEFORE, RESULTS = "finetune.yaml", "before.json", "results.json"
 # Settings of methods that are told before a run.
 _TOLD = ("rank", "alpha", "dropout", "targets", "layers", "num_tokens", "num_layers", "init", "encoder", "reduction")
+_LEAST_APART = 10  # steps between evaluations, unless told otherwise
 # Methods that train the head in any case.
 _WITH_HEAD = ("full", "last-layers")
 
@@ -125,14 +126,31 @@ class Run:
             source = self.examples.source(wanted)
             steps = math.ceil(source.num_batches(wanted.epochs or 3) / wanted.grad_accumulation_steps)
         every = self._evaluation_interval(steps) if wanted.steps_per_eval is None else wanted.steps_per_eval
-        return train_settings(wanted, steps, every if valid else 0, validated=valid)
+        return replace(train_settings(wanted, steps, every if valid else 0, validated=valid), best_by=self._best_by)
+
+    @property
+    def _best_by(self) -> str:
+        """The measure that tells the best weights, by the name that the trainer knows."""
+        wanted, kind = self.settings.best_by, self.examples.kind
+        if wanted == "loss":
+            return wanted
+        if kind not in ("sequence", "tokens") or "valid" not in self.examples.splits:
+            raise UsageError(
+                f"best_by is {wanted!r}, which is measured of labels on validation rows; here it is the loss"
+            )
+        if wanted == "accuracy":
+            return wanted
+        return (
+            "entity_f1" if kind == "tokens" and any(entities([name]) for name in self.examples.labels) else "macro_f1"
+        )
 
     def _evaluation_interval(self, steps: int) -> int:
-        """A tenth of the run, or more where an evaluation takes longer than the steps in between."""
+        """A tenth of the run and at least ten steps, or more where an evaluation takes longer than those in between."""
         if "valid" not in self.examples.splits:
             return 0
         batches = self.examples.measuring("valid", self.settings)().num_batches(1)
-        return min(max(math.ceil(steps / 10), math.ceil(batches / self.settings.grad_accumulation_steps)), steps)
+        passes = self.settings.grad_accumulation_steps
+        return min(max(math.ceil(steps / 10), math.ceil(batches / passes), _LEAST_APART), steps)
 
     def train(self, reporters: Sequence[Reporter] = (), *, resume: bool = False) -> Outcome:
         """Train, take the best weights, measure and save. A signal ends it with a checkpoint and nothing saved."""

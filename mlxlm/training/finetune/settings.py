@@ -19,6 +19,7 @@ from mlxlm.training.yaml_files import of_type, unknown_keys
 _OTHER_NAMES = {"fine_tune_type": "method", "lora_layers": "num_layers"}
 # Settings of methods that have a flag of their own.
 _OF_METHODS = ("rank", "alpha", "dropout", "targets", "num_tokens")
+BEST_BY = ("loss", "accuracy", "f1")
 # What a resumed run may have otherwise than it had before.
 MAY_CHANGE = (
     "adapter_path", "iters", "epochs", "patience", "steps_per_report", "steps_per_eval", "save_every", "exact_match",
@@ -47,7 +48,9 @@ class FinetuneSettings:
     no validation file.
 
     val_batches: batches of an evaluation, -1 for all.  steps_per_eval: updates between evaluations, default a tenth of
-    the run.  patience: evaluations without a better loss after which to stop, 0 never.  save_every: updates between
+    the run, and at least 10.  best_by: what tells the best weights, "loss", and for labels "accuracy" or "f1" (of
+    entities where the labels are B- and I- tags, else the mean over the labels).  patience: evaluations without better
+    weights after which to stop, 0 never.  save_every: updates between
     checkpoints besides those of evaluations.  test: measure on the test rows at the end, default if there are any.
     samples, sample_tokens: rows that are answered while training and compared at the end, and most tokens of an answer.
     exact_match: rows that are answered at the end to count right answers; default 100 where answers are short, else 0.
@@ -91,6 +94,7 @@ class FinetuneSettings:
     steps_per_report: int = 10
     steps_per_eval: int | None = None
     save_every: int = 0
+    best_by: str = "loss"
     patience: int = 0
     test: bool | None = None
     samples: int = 3
@@ -113,8 +117,8 @@ class FinetuneSettings:
             if isinstance(value, (str, list)):
                 object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         choices = {
-            "method": METHODS, "loss_on": LOSS_ON, "truncation": TRUNCATIONS, "memory": MEMORY_PRESETS,
-            **({} if self.format is None else {"format": LAYOUTS}),
+            "method": METHODS, "loss_on": LOSS_ON, "best_by": BEST_BY, "truncation": TRUNCATIONS,
+            "memory": MEMORY_PRESETS, **({} if self.format is None else {"format": LAYOUTS}),
         }  # fmt: skip
         problems = [
             f"unknown {name} {getattr(self, name)!r}{nearest(str(getattr(self, name)), known)}"

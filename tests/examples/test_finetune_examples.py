@@ -74,16 +74,54 @@ def test_the_rows_are_different_balanced_and_the_same_each_time():
     assert all(found == set(made.NAMES) for found in names.values())
 
 
+def result(accuracy, loss, trainable):
+    """What results.json has of a run."""
+    test = {"accuracy": accuracy, "loss": loss}
+    more = {"parameters": 10**7, "steps": 40, "seconds": 5.0, "peak_memory": 2e8}
+    return {"test": test, "valid": {}, "trainable": trainable, **more}
+
+
 def test_methods_are_compared_in_a_table_and_a_picture(tmp_path):
     compare = script("compare")
-    found = {
-        name: {"test": {"accuracy": quality}, "valid": {}, "trainable": 10 ** (i + 3), "parameters": 10**7,
-               "seconds": 5.0, "peak_memory": 2e8}
-        for i, (name, quality) in enumerate({"ia3": 0.5, "lora": 0.975}.items())
-    }  # fmt: skip
-    lines = compare.table(found).splitlines()
-    assert [line.split()[0] for line in lines] == ["method", "lora", "ia3"]
-    assert lines[1].split()[1:] == ["97.5%", "10,000", "0.10%", "5", "0.20"]
+    found = {"ia3": result(0.5, 1.0, 10**3), "full": result(0.975, 0.2, 10**7), "lora": result(0.975, 0.1, 10**4)}
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in compare.table(found).splitlines()]
+    assert lines[0][:3] == ["method", "right answers", "loss"]
+    assert [line[0] for line in lines[2:]] == [
+        "lora",
+        "full",
+        "ia3",
+    ]  # the best first, and of equal ones the lower loss
+    assert lines[2][1:] == ["97.5%", "0.1000", "10,000", "0.10%", "40", "5", "0.20"]
     pytest.importorskip("matplotlib")
     compare.draw(found, tmp_path / "compare.png")
     assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_method_with_a_result_is_not_run_again_and_one_without_goes_on(tmp_path, monkeypatch):
+    compare, ran = script("compare"), []
+
+    def runs(command, **_):
+        """Every run but that of ia3 ends with a result."""
+        target = Path(command[command.index("--adapter-path") + 1])
+        ran.append((target.name, "--resume" in command, command[-2:]))
+        target.mkdir(exist_ok=True)
+        if target.name != "ia3":
+            (target / "results.json").write_text(json.dumps(result(1.0, 0.1, 10)))
+        return type("Done", (), {"returncode": int(target.name == "ia3")})
+
+    monkeypatch.setattr(compare.subprocess, "run", runs)
+    monkeypatch.setattr(compare, "draw", lambda found, path: None)
+    (tmp_path / "lora" / "checkpoints" / "step-00000005").mkdir(parents=True)
+    words = ["--methods", "lora", "ia3", "bitfit", "--output", tmp_path, "--model", "bitfit=there", "--", "--iters", 9]
+    for again in (False, True):
+        monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, words)])
+        compare.main()
+        expected = [("ia3", False, ["--iters", "9"])]
+        if not again:
+            expected = [("lora", True, ["--iters", "9"]), *expected, ("bitfit", False, ["--iters", "9"])]
+        assert ran == expected
+        ran.clear()
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--model", "bitfit"])
+    with pytest.raises(SystemExit) as stop:
+        compare.main()
+    assert stop.value.code == 2

@@ -8,6 +8,7 @@ import mlx.core as mx
 from mlx import nn
 
 from mlxlm.layers.spec import Spec
+from mlxlm.runtime import backend
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,36 @@ class RMSNormSpec(Spec):
 
     def build(self) -> nn.Module:
         """A module (..., dim) -> (..., dim) with `weight`."""
-        return OffsetRMSNorm(self) if self.offset else nn.RMSNorm(self.dim, eps=self.eps)
+        return OffsetRMSNorm(self) if self.offset else RMSNorm(self.dim, eps=self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm that makes no gradient of a frozen scale. See `RMSNormSpec`.
+
+    MLX's makes it whether it is asked for or not: on GPUs two of the three operations of the gradient.
+    """
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.training and "weight" in self._no_grad and backend() != "cpu":
+            return _scaled_by_constant(x, self["weight"], self.eps)
+        return mx.fast.rms_norm(x, self["weight"], self.eps)
+
+
+def _scaled_by_constant(x: mx.array, scale: mx.array, eps: float) -> mx.array:
+    """RMS normalisation of x, whose gradient is that of one without scale, by the scaled gradient of the result."""
+
+    @mx.custom_function
+    def run(x: mx.array) -> mx.array:
+        return mx.fast.rms_norm(x, scale, eps)
+
+    @run.vjp
+    def run_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+        def plain(x: mx.array) -> mx.array:
+            return mx.fast.rms_norm(x, None, eps)
+
+        return mx.vjp(plain, [x], [(cotangent * scale).astype(x.dtype)])[1][0]
+
+    return run(x)
 
 
 class OffsetRMSNorm(nn.Module):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from finite_differences import assert_module_follows, normal, randomized
 
-from mlxlm.layers import LayerNormSpec, NoNormSpec, RMSNormSpec
+from mlxlm.layers import LayerNormSpec, NoNormSpec, RMSNormSpec, norms
 
 
 def layer_norm(w, x, eps=0.01):
@@ -56,3 +56,21 @@ def test_no_norm_passes_on_and_has_no_weights():
     x = mx.ones((2, 3))
     assert module(x) is x
     assert not module.parameters()
+
+
+@pytest.mark.parametrize("on", ["cpu", "cuda"])
+def test_a_frozen_scale_changes_no_gradient_of_the_input(on, monkeypatch):
+    monkeypatch.setattr(norms, "backend", lambda: on)
+    rng = np.random.default_rng(0)
+    x, weights = (mx.array(rng.normal(size=(3, 5, 7)).astype(np.float32)) for _ in range(2))
+    layer = RMSNormSpec(dim=7, eps=1e-3).build()
+    layer.weight = mx.array(rng.uniform(0.5, 2, 7).astype(np.float32))
+
+    def loss(x):
+        return (layer(x) * weights).sum()
+
+    one, first = mx.value_and_grad(loss)(x)
+    layer.freeze()
+    other, second = mx.value_and_grad(loss)(x)
+    assert one.item() == other.item()
+    assert mx.allclose(first, second, rtol=1e-5, atol=1e-6).item()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlxlm import peft
-from mlxlm.training import Optimizer, Trainer, TrainSettings, WordLoss
+from mlxlm.training import Optimizer, Trainer, TrainSettings, WordLoss, step
 from mlxlm.training.packing import Packing
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -55,8 +55,8 @@ def test_a_joined_update_is_that_of_each_array(optimizer):
     packing = Packing(arrays(), most=200)
     single, joined = Optimizer(settings, arrays()), Optimizer(settings, packing.pack(arrays()), packing)
     one, other = arrays(), packing.pack(arrays())
-    for step in range(3):
-        gradients = arrays(5 + step)
+    for number in range(3):
+        gradients = arrays(5 + number)
         one = single.apply(gradients, one, mx.array(True))
         other = joined.apply(packing.pack(gradients), other, mx.array(True))
     assert all(np.allclose(array, one[name], atol=1e-6) for name, array in packing.unpack(other).items())
@@ -120,3 +120,13 @@ def operations_of_adamw(count, dtype, path):
 def test_an_update_of_adamw_compiles_to_one_operation(dtype, tmp_path):
     two, five = (operations_of_adamw(count, dtype, tmp_path / "graph") for count in (2, 5))
     assert five - two == 3
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16], ids=str)
+def test_the_norm_of_large_and_small_arrays_is_that_of_all(dtype, monkeypatch):
+    monkeypatch.setattr(step, "JOINED", 200)
+    given = [array.astype(dtype) for array in arrays().values()] + [mx.random.normal((300,)).astype(dtype)]
+    expected = sum((np.array(array.astype(mx.float32), dtype=np.float64) ** 2).sum() for array in given)
+    assert step._square_sum(given).item() == pytest.approx(expected, rel=5e-3 if dtype == mx.bfloat16 else 1e-5)
+    given[1] = given[1] * mx.inf  # the large matrix
+    assert not np.isfinite(step._square_sum(given).item())

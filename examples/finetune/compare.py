@@ -76,7 +76,10 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = {"right answers, %": lambda one: 100 * quality(one), "loss": lambda one: measures(one)["loss"]}
+    rows = {
+        "right answers on the test rows, %": lambda one: 100 * quality(one),
+        "loss on the test rows": lambda one: measures(one)["loss"],
+    }
     shape = len(rows), len(AXES)
     figure, plots = pyplot.subplots(*shape, figsize=(4.2 * shape[1] + 2, 3.6 * shape[0]), sharex="col", sharey="row")
     colours = pyplot.colormaps["tab20"].colors
@@ -87,12 +90,12 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
                 look = {"color": colours[number % 20], "marker": MARKERS[number % len(MARKERS)], "alpha": 0.85}
                 plot.plot(results[key] * scale, value(results), linestyle="", markersize=9, label=name, **look)
             plot.grid(alpha=0.3)
-            if key == "trainable":
+            if key != "peak_memory":
                 plot.set_xscale("log")
-            if wanted == "loss":
+            if wanted.startswith("loss"):
                 plot.set_yscale("log")
                 plot.set_xlabel(title)
-        line[0].set_ylabel(f"{wanted}, on the test rows")
+        line[0].set_ylabel(wanted)
     figure.legend(*plots[0, 0].get_legend_handles_labels(), loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110, bbox_inches="tight")

@@ -38,9 +38,19 @@ def evaluate(
         int | None, typer.Option("--stride", help="Of text: tokens from window to window; default half a window.")
     ] = None,
     truncate: Annotated[bool, typer.Option("--truncate", help="Cut rows longer than the model's context.")] = False,
-    max_tokens: opt.MaxTokens = 256,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens",
+            "-m",
+            help="Most tokens of an answer; default 16 more than the longest right one, of tasks 256.",
+        ),
+    ] = None,
     generate: Annotated[
-        bool, typer.Option("--generate/--no-generate", help="Also generate answers and count exact matches.")
+        bool,
+        typer.Option(
+            "--generate/--no-generate", help="Also generate answers and count exact matches, which takes the most time."
+        ),
     ] = True,
     normalize: Annotated[
         str, typer.Option("--normalize", help="Likelihood of choices by length: none, tokens or bytes.")
@@ -79,7 +89,7 @@ def evaluate(
         from mlxlm.generation import Requests, run_harness
 
         network, tokenizer = opt.load(model, dtype, revision, adapter_path)
-        requests = Requests(network, tokenizer, batch_size=batch_size, max_length=window, max_tokens=max_tokens)
+        requests = Requests(network, tokenizer, batch_size=batch_size, max_length=window, max_tokens=max_tokens or 256)
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         found = run_harness(
             requests, names, num_fewshot=num_fewshot, limit=limit, include_path=include_path, chat=apply_chat_template
@@ -97,7 +107,7 @@ def evaluate(
     if target is not None and rows.format == "text":
         raise UsageError("--predictions is for rows that have an answer, not for text")
     network, tokenizer = opt.load(model, dtype, revision, adapter_path)
-    scores = evaluate_rows(network, tokenizer, rows, settings)
+    scores = evaluate_rows(network, tokenizer, rows, settings, progress=_Progress())
     if target is not None:
         with target as file:
             for row in as_predictions(rows, scores.predicted):
@@ -121,6 +131,28 @@ def _rows(data: str, split: str | None, limit: int | None, columns: dict[str, st
     if path.is_file() and split is not None:
         raise UsageError("--split is for a folder; --data is a file")
     return read_split(data, split, limit=limit, columns=columns)
+
+
+class _Progress:
+    """Tells on stderr what is being done, then every few seconds how much of it is done and how long the rest takes."""
+
+    apart = 5.0  # seconds
+
+    def __init__(self) -> None:
+        self.start = self.told = 0.0
+
+    def __call__(self, what: str, done: int, count: int) -> None:
+        """See `evaluate_rows`."""
+        from mlxlm.training.reporters import duration
+
+        now = time.perf_counter()
+        if not done:
+            self.start = self.told = now
+            print(f"{count} {what}", file=sys.stderr)
+        elif now - self.told >= self.apart and done < count:
+            self.told = now
+            left = (now - self.start) / done * (count - done)
+            print(f"{done} of {count} answered, {duration(left)} left", file=sys.stderr)
 
 
 def _print(result: dict[str, Any], start: float) -> None:

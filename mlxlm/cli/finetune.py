@@ -100,6 +100,8 @@ def _merged(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         raise UsageError("--data is needed: a folder with train.jsonl, a file, or a hub data set")
     of_method = dict(parse_override(text) for text in given.pop("set", ()))
     columns = opt.columns_of(given.pop("columns", ()))
+    if "chat_template_config" in given:
+        given["chat_template_config"] = opt.parse_object("--chat-template-config", given["chat_template_config"])
     if "iters" in given:
         values.pop("epochs", None)
     if "epochs" in given:

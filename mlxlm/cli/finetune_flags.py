@@ -84,6 +84,7 @@ FLAGS = (
         "assistant (default): completions and all assistant turns; completion: the last turn alone; all.",
     ),
     Flag(("--mask-prompt/--no-mask-prompt",), bool, DATA, "mlx-lm's words for --loss-on completion and --loss-on all."),
+    Flag(("--chat-template-config",), str, DATA, "Variables of the chat template.", "JSON"),
     Flag(("--packing/--no-packing",), bool, DATA, "Several examples a row, which don't see each other."),
     Flag(("--valid-fraction",), float, DATA, "Rows held out where there is no validation file, default 0.1."),
     Flag(

@@ -13,7 +13,7 @@ SHARING = {"pretrain": ("--resume",), "finetune": ("--resume",), "generate": ()}
 
 
 def launch(
-    command: Annotated[list[str], typer.Argument(metavar="-- VERB ...", help="A verb of mlxlm with its flags.")],
+    command: Annotated[list[str], typer.Argument(metavar="VERB ...", help="A verb of mlxlm with its flags.")],
     processes: Annotated[
         int | None, typer.Option("--processes", "-n", help="How many; with --hostfile on each machine.")
     ] = None,
@@ -24,7 +24,7 @@ def launch(
     restarts: Annotated[int, typer.Option(help="How often to start again, resuming, when a process fails.")] = 0,
     timeout: Annotated[float | None, typer.Option(help="Seconds after which a process counts as hung.")] = None,
 ) -> None:
-    """Run a verb in several processes: mlxlm launch -n 4 -- pretrain --config recipe.yaml --mesh dp=2,tp=2"""
+    """Run a verb in several processes: mlxlm launch -n 4 pretrain --config recipe.yaml --mesh dp=2,tp=2"""
     import os
 
     from mlxlm.distributed.launching import launch as start
@@ -50,7 +50,9 @@ def launch(
             raise UsageError("--restarts is for processes of one machine; on several, start again with --resume")
         raise typer.Exit(launch_on_hosts(words, Path(hostfile), count=processes, backend=backend, say=say))
     if processes is None:
-        raise UsageError("say how many processes, as -n 2, or name machines with --hostfile")
+        raise UsageError(
+            f"say how many processes before the verb, as launch -n 2 {verb} ..., or name machines with --hostfile"
+        )
     if processes > 1 and backend != "ring":
         raise UsageError(f"processes of one machine talk over the ring; --backend {backend} goes with --hostfile")
     raise typer.Exit(start(words, processes, restarts=restarts, resume=SHARING[verb], say=say))

@@ -53,8 +53,10 @@ _VERBS = (
     convert,
     fuse,
 )
-for verb in (*_VERBS, cache_prompt, serve, doctor, plan, launch):
+for verb in (*_VERBS, cache_prompt, serve, doctor, plan):
     app.command(verb.__name__.replace("_", "-"), no_args_is_help=verb in (fill_mask, classify, convert))(verb)
+# What follows the verb that is launched are its flags, with or without a -- before it.
+app.command("launch", context_settings={"allow_interspersed_args": False})(launch)
 app.add_typer(tokenizer)
 
 

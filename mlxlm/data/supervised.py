@@ -223,6 +223,12 @@ def _encode_completion(row: Row, where: str, tokenizer: Tokenizer, encoding: Enc
 def _encode_chat(row: Row, where: str, tokenizer: Tokenizer, encoding: Encoding) -> list[Example]:
     if encoding.seq2seq:
         raise DataError(f"{where}: an encoder-decoder learns from rows with source and target, not from chats")
+    if tokenizer.chat_template is None and "chat_template" not in encoding.variables:
+        raise DataError(
+            f"{where}: the rows are chats, and this model has no chat template, so it was probably not made for chats; "
+            "give rows with prompt and completion, take the instruct model of the family, or put a chat_template.jinja "
+            "into the model's folder"
+        )
     turns = encode_chat_turns(
         tokenizer,
         row["messages"],

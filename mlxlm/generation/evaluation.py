@@ -9,7 +9,7 @@ choices, preference       how often the right one is the likeliest
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from mlxlm.models import Transformer
     from mlxlm.tokenizers import Tokenizer
 
+Progress = Callable[[str, int, int], None]
 _ENDLESS = 2**31 - 1
+_ROOM = 16  # tokens of an answer beyond those of the longest right one
+_TOLD = 8  # batches of answers after which progress is told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,8 @@ class EvaluationSettings:
 
     batch_size: rows at once, default 8; results don't depend on it but by rounding.  truncate: cut rows that are too
     long, prompts on the left and labelled texts on the right; default False: an error.  window, stride: of texts, see
-    `perplexity`.  max_tokens: of a generated answer, default 256.  generate: answers too, not only their perplexity,
+    `perplexity`.  max_tokens: of a generated answer, default 16 more than the longest right one has, since a longer one
+    can't match.  generate: answers too, not only their perplexity,
     default True.  normalize: the likelihood of choices by length, "none", "tokens" or "bytes", default "bytes".
     """
 
@@ -44,13 +48,14 @@ class EvaluationSettings:
     truncate: bool = False
     window: int | None = None
     stride: int | None = None
-    max_tokens: int = 256
+    max_tokens: int | None = None
     generate: bool = True
     normalize: Normalization = "bytes"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_tokens"):
-            if getattr(self, name) < 1:
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}, but must be at least 1")
         if self.normalize not in NORMALIZATIONS:
             raise UsageError(f"unknown normalization {self.normalize!r}{nearest(self.normalize, NORMALIZATIONS)}")
@@ -70,10 +75,16 @@ class RowScores:
 
 
 def evaluate_rows(
-    model: Transformer, tokenizer: Tokenizer, rows: Rows, settings: EvaluationSettings | None = None
+    model: Transformer,
+    tokenizer: Tokenizer,
+    rows: Rows,
+    settings: EvaluationSettings | None = None,
+    *,
+    progress: Progress | None = None,
 ) -> RowScores:
     """Measure a model on rows of one format.
 
+    progress: told what is being done, and of how much of it how much is done, while answers are generated.
     Raises DataError for rows that the model can't read, UnsupportedModelError for a model without the head they need.
     """
     settings = settings or EvaluationSettings()
@@ -92,7 +103,7 @@ def evaluate_rows(
         return _labels(model, tokenizer, rows, values, settings)
     if rows.format in ("choices", "preference"):
         return _choices(model, tokenizer, rows, values, settings)
-    return _answers(model, tokenizer, rows, values, settings)
+    return _answers(model, tokenizer, rows, values, settings, progress or (lambda what, done, count: None))
 
 
 def _labels(
@@ -164,7 +175,12 @@ def _choices(
 
 
 def _answers(
-    model: Transformer, tokenizer: Tokenizer, rows: Rows, values: list[dict[str, Any]], settings: EvaluationSettings
+    model: Transformer,
+    tokenizer: Tokenizer,
+    rows: Rows,
+    values: list[dict[str, Any]],
+    settings: EvaluationSettings,
+    progress: Progress,
 ) -> RowScores:
     """Perplexity of the right answers (of a chat the assistant's last turn), and exact matches of generated ones."""
     check_generates(model)
@@ -185,10 +201,18 @@ def _answers(
         return RowScores(format=rows.format, count=len(rows), values=numbers, notes=notes)
     if len(examples) != len(values):
         raise UsageError(f"{rows.name}: rows without an answer can't be matched; {report}")
-    predicted = batch_generate(
-        model, tokenizer, [_prompt(example) for example in examples],
-        max_tokens=settings.max_tokens, batch_size=settings.batch_size,
-    )  # fmt: skip
+    longest = max(score.count for score in scores)
+    most = longest + _ROOM if settings.max_tokens is None else settings.max_tokens
+    what = f"answers of at most {most} tokens (the longest right one has {longest})"
+    predicted: list[str] = []
+    while len(predicted) < len(examples):
+        progress(what, len(predicted), len(examples))
+        part = examples[len(predicted) : len(predicted) + _TOLD * settings.batch_size]
+        predicted += batch_generate(
+            model, tokenizer, [_prompt(one) for one in part], max_tokens=most, batch_size=settings.batch_size
+        )
+    progress(what, len(examples), len(examples))
+    numbers["max_tokens"] = most
     right = sum(answer.strip() == _expected(row).strip() for answer, row in zip(predicted, values, strict=True))
     numbers["exact_match"] = right / len(values)
     return RowScores(format=rows.format, count=len(rows), values=numbers, predicted=predicted, notes=notes)

@@ -49,6 +49,21 @@ def test_rows_are_measured_and_predictions_written(mlxlm_command, tiny_directory
         assert all("predicted" in row for row in written)
 
 
+def test_what_takes_long_is_told_with_its_limit(mlxlm_command, tiny_directory, tmp_path, monkeypatch):
+    from mlxlm.cli import evaluate as command
+
+    monkeypatch.setattr(command._Progress, "apart", 0.0)
+    data = write(tmp_path / "rows.jsonl", ROWS["completion"] * 9)
+    more = ["--batch-size", 1, "--columns", "completion=completion"]
+    status, out, err = mlxlm_command("evaluate", "--model", tiny_directory, "--data", data, *more)
+    assert status == 0, err
+    longest = json.loads(out)["max_tokens"] - 16
+    assert f"18 answers of at most {longest + 16} tokens (the longest right one has {longest})" in err
+    assert "8 of 18 answered" in err
+    status, out, err = mlxlm_command("evaluate", "--model", tiny_directory, "--data", data, "--no-generate")
+    assert (status, "answers of" in err, "exact_match" in out) == (0, False, False)
+
+
 def test_an_adapter_is_measured(mlxlm_command, tiny_directory, tmp_path):
     import mlx.core as mx
     from mlx.utils import tree_map

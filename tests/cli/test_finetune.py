@@ -267,6 +267,13 @@ def test_a_signal_saves_and_resume_needs_nothing_but_the_folder(mlxlm_command, t
         (["--dtype", "float33"], "float33"),
         (["--report-to", "tensorbord"], "did you mean 'tensorboard'"),
         (["--patience", 2, "--valid-fraction", 0], "patience needs validation"),
+        (["--best-by", "accuracy"], "best_by is 'accuracy', which is measured of labels"),
+        (["--best-by", "f2"], "unknown best_by 'f2'; valid: accuracy, f1, loss"),
+        (["--chat-template-config", "x"], "--chat-template-config is a JSON object"),
+        (["--columns", "completion=respons"], "no column 'respons' to take for 'completion'"),
+        (["--columns", "completin=prompt"], "no format has 'completin'; did you mean 'completion'"),
+        (["--columns", "prompt"], "--columns is NAME=COLUMN"),
+        (["--warmup-steps", 3], "warmup_steps is 3; expected 0 to 2, the steps of the run"),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, list) else "",
 )  # fmt: skip
@@ -287,14 +294,83 @@ def test_mistakes_are_one_line_and_write_nothing(mlxlm_command, tiny_directory, 
         ("tiny_directory", [{"text": "a", "label": "x"}] * 8, "nothing to tell apart"),
         ("tiny_seq2seq_directory", [{"text": "a cat"}] * 8, "source and target"),
         ("tiny_directory", [{"txt": "a"}] * 8, "did you mean 'text'"),
+        (
+            "tiny_directory",
+            [{"question": "a", "reply": "b"}] * 8,
+            "did you mean {prompt, completion}? Say so with --columns prompt=question --columns completion=reply",
+        ),
+        ("tiny_directory", [{"prompt": "a", "response": "b"}] * 8, "--columns completion=response"),
     ],
-    ids=["encoder", "preference", "one-label", "text", "keys"],
+    ids=["encoder", "preference", "one-label", "text", "keys", "other-keys", "one-other-key"],
 )
 def test_rows_that_a_model_cannot_learn_are_told(mlxlm_command, request, tmp_path, base, rows, text):
     data = write(tmp_path / "data", train=rows)
     status, _, err = mlxlm_command(*arguments(request.getfixturevalue(base), data, tmp_path / "out"))
     assert (status, text in err) == (2, True), err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("base", "rows", "loss_on", "text"),
+    [
+        ("tiny_directory", labelled(8), "completion", "no effect on labels"),
+        ("tiny_seq2seq_directory", PAIRS, "all", "no effect on an encoder-decoder"),
+        ("tiny_directory", [{"text": text} for text in sentences(8)], "completion", "no effect on rows of text alone"),
+    ],
+    ids=["labels", "pairs", "text"],
+)
+def test_what_to_learn_is_refused_where_it_has_no_effect(mlxlm_command, request, tmp_path, base, rows, loss_on, text):
+    data = write(tmp_path / "data", train=rows)
+    for more, why in ((["--loss-on", loss_on], text), (["--chat-template-config", '{"a": 1}'], "rows need none")):
+        status, _, err = mlxlm_command(*arguments(request.getfixturevalue(base), data, tmp_path / "out", *more))
+        assert (status, why in err) == (2, True), err
+
+
+def test_columns_are_renamed_and_what_is_passed_over_is_said(mlxlm_command, tiny_directory, tmp_path):
+    rows = [{"instruction": row["prompt"], "output": row["completion"]} for row in completions(12)]
+    data = write(tmp_path / "data", train=rows)
+    more = ["--columns", "prompt=instruction", "--columns", "completion=output", "--samples", 0]
+    status, _, err = mlxlm_command(*arguments(tiny_directory, data, tmp_path / "out", *more))
+    assert status == 0, err
+    assert "completion rows: train 11, valid 1" in err
+    data = write(tmp_path / "other", train=[{"text": row["text"], "category": row["label"]} for row in labelled(8)])
+    status, _, err = mlxlm_command(*arguments(tiny_directory, data, tmp_path / "words", "--samples", 0))
+    assert status == 0, err
+    assert "rows are taken for text, without category; did you mean {text, label}? Say so with --columns" in err
+
+
+def test_the_paragraphs_of_a_text_file_are_rows(mlxlm_command, tiny_directory, tmp_path):
+    text = "# A title\n\nthe cat\nsat on a mat\n\n\n" + "\n\n".join(sentences(9)) + "\n"
+    (tmp_path / "notes.md").write_text(text)
+    data = tmp_path / "notes.md"
+    status, _, err = mlxlm_command(*arguments(tiny_directory, data, tmp_path / "out", "--samples", 0))
+    assert status == 0, err
+    assert "text rows: train 10, valid 1" in err
+
+
+def test_the_best_weights_may_be_those_of_the_best_f1(mlxlm_command, tiny_directory, tmp_path):
+    data = write(tmp_path / "data", train=labelled(24), valid=labelled(9, 1))
+    more = ["--best-by", "f1", "--steps-per-eval", 1, "--iters", 8, "--learning-rate", 0.1, "--samples", 0]
+    status, _, err = mlxlm_command(*arguments(tiny_directory, data, tmp_path / "out", *more))
+    assert status == 0, err
+    rows = [row for row in read_metrics(tmp_path / "out") if "macro_f1" in row]
+    best = min(rows, key=lambda row: (-row["macro_f1"], row["valid_loss"]))
+    assert len({row["macro_f1"] for row in rows}) > 1
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["best_step"] == best["step"]
+    assert results["valid"]["macro_f1"] == pytest.approx(best["macro_f1"])
+    assert "whose macro f1 was highest" in err
+
+
+def test_a_short_run_is_evaluated_every_ten_steps(tiny_directory, tmp_path):
+    from mlxlm.training.finetune import prepare
+
+    data = write(tmp_path / "data", train=completions(8), valid=completions(3, 1))
+    for steps, every in ((4, 4), (30, 10), (300, 30)):
+        made = FinetuneSettings(
+            model=str(tiny_directory), data=str(data), iters=steps, adapter_path=str(tmp_path / "x")
+        )
+        assert prepare(made, say=lambda text: None).train_settings.evaluate_every == every
 
 
 def test_an_existing_result_is_not_overwritten(mlxlm_command, tiny_directory, tmp_path):

@@ -100,6 +100,11 @@ def test_a_template_that_rewrites_earlier_turns_gives_an_example_a_turn_and_says
     assert "one turn at a time" in str(report)
 
 
+def test_chats_without_a_template_are_told_what_to_do():
+    with pytest.raises(DataError, match="line 1: the rows are chats, and this model has no chat template"):
+        encoded({"messages": CHAT})
+
+
 def test_an_opening_that_the_answer_lacks_is_not_taken_for_it():
     (example,), _, tokenizer = encoded({"messages": CHAT}, THINKING)
     assert learned(example, tokenizer) == "yo</s>ok</s>"

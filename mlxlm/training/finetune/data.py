@@ -187,16 +187,29 @@ def encode(
     """All rows as examples for a model that has its head and its adapter. Raises DataError for rows that can't be."""
     if settings.packing and kind != "words":
         raise UsageError("packing is for the words of a decoder; labels and source-target pairs are padded")
+    _check_used(splits["train"].format, kind, tokenizer, settings)
     limit = length_limit(model, settings.max_seq_length)
     encoding = Encoding(
         max_length=limit, truncation=settings.truncation, loss_on=settings.loss_on, seq2seq=kind == "seq2seq",  # type: ignore[arg-type]
         labels=labels, token_types=model.config.embeddings.num_token_types > 1,
+        variables=settings.chat_template_config,
     )  # fmt: skip
     found: dict[str, list[Example]] = {}
     reports: dict[str, Report] = {}
     for split, rows in splits.items():
         found[split], reports[split] = encode_rows(rows, tokenizer, encoding)
     return Examples(kind, labels, found, reports, limit, model.config.decoder_start)
+
+
+def _check_used(form: str, kind: Kind, tokenizer: Tokenizer, settings: FinetuneSettings) -> None:
+    """Raise UsageError for settings that would have no effect on rows of a format."""
+    if settings.loss_on != "assistant" and (kind != "words" or (form == "text" and settings.loss_on != "all")):
+        what = {"words": "rows of text alone", "seq2seq": "an encoder-decoder"}.get(kind, "labels")
+        raise UsageError(f"loss_on {settings.loss_on} (or mask_prompt) has no effect on {what}; leave it out")
+    templates = kind == "words" and (form == "chat" or (form != "text" and tokenizer.chat_template is not None))
+    if settings.chat_template_config and not templates:
+        why = "the model has none" if kind == "words" and form != "text" else f"{form} rows need none"
+        raise UsageError(f"chat_template_config is for a chat template, and {why}; leave it out")
 
 
 def length_limit(model: Transformer, wanted: int | None) -> int:

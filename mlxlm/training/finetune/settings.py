@@ -43,7 +43,8 @@ class FinetuneSettings:
     of the updates, at most 100.  The rest as in `TrainSettings`.
 
     max_seq_length: tokens of an example, default the model's context, at most 2048.  truncation: of longer ones.
-    loss_on: "assistant" (all its turns, or the completion), "completion" (the last one alone) or "all".  packing:
+    loss_on: "assistant" (all its turns, or the completion), "completion" (the last one alone) or "all".
+    chat_template_config: variables of the chat template, such as enable_thinking.  packing:
     several examples a row, which don't see each other.  valid_fraction: of the training rows held out where there is
     no validation file.
 
@@ -88,6 +89,7 @@ class FinetuneSettings:
     max_seq_length: int | None = None
     truncation: str = "cut-right"
     loss_on: str = "assistant"
+    chat_template_config: dict[str, Any] = field(default_factory=dict)
     packing: bool = False
     valid_fraction: float = 0.1
     val_batches: int = -1

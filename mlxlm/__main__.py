@@ -1,6 +1,20 @@
-"""`python -m mlxlm` is the command `mlxlm`."""
+"""The command `mlxlm`, also as `python -m mlxlm`. Imports wait until an interruption is one line and no traceback."""
 
-from mlxlm.cli.main import run
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command, see `mlxlm.cli.main.run`."""
+    try:
+        from mlxlm.cli.main import run
+
+        run()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
 
 if __name__ == "__main__":
-    run()
+    main()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mlxlm.cli import options as opt
 from mlxlm.cli.align_flags import ALIGN_FLAGS
 from mlxlm.cli.finetune import end_early, values_of
-from mlxlm.cli.finetune_flags import with_flags
+from mlxlm.cli.flags import with_flags
 
 if TYPE_CHECKING:
     from mlxlm.alignment import Outcome

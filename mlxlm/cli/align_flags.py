@@ -5,7 +5,8 @@ They are the names of `AlignSettings`, which needs imports that help must not wa
 
 from __future__ import annotations
 
-from mlxlm.cli.finetune_flags import FLAGS, METHOD, Flag
+from mlxlm.cli.finetune_flags import FLAGS, METHOD
+from mlxlm.cli.flags import Flag
 
 ALIGNMENT, ROLLOUTS, VALUES = "Alignment", "Rollouts: ppo, grpo, dr-grpo, dapo", "Values and texts: ppo"
 # Flags of fine-tuning that have no meaning here, or another one.

@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from mlxlm.cli import caching
+from mlxlm.cli import answers
 from mlxlm.cli import options as opt
+from mlxlm.cli.answer_flags import CACHE_FLAGS, LOADING_FLAGS, TEMPLATE_FLAGS
+from mlxlm.cli.flags import given_of, with_flags
 from mlxlm.errors import PromptError
 
 
+@with_flags((*TEMPLATE_FLAGS, *CACHE_FLAGS, *LOADING_FLAGS))
 def cache_prompt(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The text; - reads it from standard input.")],
     prompt_cache_file: Annotated[
         str, typer.Option("--prompt-cache-file", metavar="FILE", help="The .safetensors file to write.")
     ],
     model: opt.ModelOrShipped = None,
-    system_prompt: opt.SystemPrompt = None,
-    ignore_chat_template: Annotated[
-        bool, typer.Option("--ignore-chat-template", help="The text is no beginning of a chat message.")
-    ] = False,
-    kv_bits: caching.KvBits = None,
-    kv_group_size: caching.KvGroupSize = None,
-    max_kv_size: caching.MaxKvSize = None,
-    adapter_path: opt.AdapterPath = None,
-    dtype: opt.Dtype = None,
-    revision: opt.Revision = None,
+    **flags: Any,
 ) -> None:
     """Read a text and keep what the model made of it, for mlxlm generate --prompt-cache-file.
 
@@ -37,15 +31,15 @@ def cache_prompt(
     """
     from mlxlm.generation import make_prompt_cache, save_prompt_cache
 
-    spec = caching.cache_spec(kv_bits, kv_group_size, max_kv_size)
-    text = (sys.stdin.read() if sys.stdin is not None else "") if prompt == "-" else prompt
+    given = given_of(flags)
+    spec = answers.cache_spec(given)
+    text = opt.read_text(prompt)
     if not text:
         raise PromptError("the text to cache is empty; give one with --prompt")
-    network, tokenizer = opt.load(model or opt.shipped_model(), dtype, revision, adapter_path)
+    network, tokenizer = answers.load(model, given)
     start = time.perf_counter()
-    made = make_prompt_cache(
-        network, tokenizer, text, spec=spec, chat=False if ignore_chat_template else None, system=system_prompt
-    )
+    chat = False if given.get("ignore_chat_template") else None
+    made = make_prompt_cache(network, tokenizer, text, spec=spec, chat=chat, system=given.get("system_prompt"))
     seconds = time.perf_counter() - start
     save_prompt_cache(prompt_cache_file, network, tokenizer, made)
     print(

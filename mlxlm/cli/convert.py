@@ -3,79 +3,37 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mlxlm.cli import options as opt
+from mlxlm.cli.convert_flags import CONVERT_FLAGS
+from mlxlm.cli.flags import flag_of, given_of, with_flags
 from mlxlm.errors import UsageError, nearest
 
 if TYPE_CHECKING:
-    from mlxlm.conversion import GgufTarget, HubTarget, MlxTarget, Recipe, Report
+    from mlxlm.conversion import Recipe, Report
     from mlxlm.conversion.conversion import Progress, Target
 
 _FORMATS = ("hf", "mlx", "gguf")
+# Settings that ask for a quantized result, settings of a recipe, and those that other formats have no use for.
+_QUANTIZING = ("bits", "group_size", "mode", "layer", "recipe", "keep", "target_bits", "method")
+_OF_A_RECIPE = ("bits", "group_size", "mode", "layer")
+_OF_GGUF, _OF_FOLDERS = ("type", "embeddings_type"), ("dtype", "max_shard_size")
 
 
+@with_flags(CONVERT_FLAGS)
 def convert(
     model: opt.Model,
     output: Annotated[
         str | None, typer.Option("--output", "-o", metavar="PATH", help="A new folder, or file.gguf for --to gguf.")
     ] = None,
-    to: Annotated[
-        str | None,
-        typer.Option("--to", help="hf: floats; mlx: quantized; gguf: one file; default as the other options ask for."),
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="Of floats: float32, float16, bfloat16; default as they are.")
-    ] = None,
-    bits: Annotated[int | None, typer.Option("--bits", help="2, 3, 4, 5, 6 or 8 bits a weight; default 4.")] = None,
-    group_size: Annotated[int | None, typer.Option("--group-size", help="Weights that share a scale.")] = None,
-    mode: Annotated[str | None, typer.Option("--mode", help="affine, mxfp4, mxfp8 or nvfp4.")] = None,
-    layer: Annotated[
-        list[str] | None,
-        typer.Option("--layer", metavar="PATTERN=BITS", help="As '*.down_proj=6', '*.up_proj=4:32' or '...=none'."),
-    ] = None,
-    recipe: Annotated[
-        str | None, typer.Option("--recipe", metavar="FILE", help="JSON with default, layers, embeddings, head.")
-    ] = None,
-    keep: Annotated[
-        bool, typer.Option("--keep", help="To mlx: keep a quantized source's weights as they are.")
-    ] = False,
-    embeddings: Annotated[bool, typer.Option(help="Quantize the table of tokens.")] = True,
-    head: Annotated[bool, typer.Option(help="Quantize the head.")] = True,
-    target_bits: Annotated[
-        float | None,
-        typer.Option(help="Bits where they matter: a recipe by sensitivity, of this mean over all weights."),
-    ] = None,
-    method: Annotated[str, typer.Option(help="round, gptq, awq or awq+gptq.")] = "round",
-    text: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="To calibrate on and judge by; default the Python language reference."),
-    ] = None,
-    rows: Annotated[int, typer.Option(help="Rows of tokens for calibration, and again for judging.")] = 16,
-    length: Annotated[int, typer.Option(help="Tokens of a row.")] = 256,
-    perplexity: Annotated[bool, typer.Option("--perplexity", help="Measure it before and after.")] = False,
-    gguf_type: Annotated[
-        str | None, typer.Option("--type", help="Of matrices in GGUF: F16 (the default), Q8_0, Q4_0, ...")
-    ] = None,
-    gguf_embeddings: Annotated[
-        str | None, typer.Option("--embeddings-type", help="Of the table and the head in GGUF; default as the others.")
-    ] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Compare with the source layer by layer.")] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what becomes of every tensor, write nothing.")
-    ] = False,
-    max_shard_size: Annotated[float | None, typer.Option(help="Of one safetensors file, in GB; default 5.")] = None,
-    upload_to: Annotated[
-        str | None, typer.Option("--upload", metavar="OWNER/NAME", help="Put the result on the hub; asks before.")
-    ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository on the hub private.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Upload without asking.")] = False,
     revision: opt.Revision = None,
+    **flags: Any,
 ) -> None:
     """Convert a model: safetensors, PyTorch, GGUF, MLX, GPTQ, AWQ or 8-bit floats to floats, MLX-quantized or GGUF.
 
@@ -84,84 +42,80 @@ def convert(
     """
     from mlxlm import conversion
 
-    quantizing = any(value is not None for value in (bits, group_size, mode, layer, recipe, target_bits))
-    quantizing = quantizing or keep or method != "round"
-    if to is None:
-        to = "mlx" if quantizing else "gguf" if (output or "").endswith(".gguf") else "hf"
-    if to not in _FORMATS:
-        raise UsageError(f"--to {to!r} is no format{nearest(to, _FORMATS)}")
-    if to != "mlx" and quantizing:
-        raise UsageError(
-            "--bits, --group-size, --mode, --layer, --recipe, --keep, --target-bits and --method go with --to mlx"
-        )
-    foreign = {"--type": gguf_type, "--embeddings-type": gguf_embeddings}
-    if to == "gguf":
-        foreign = {"--dtype": dtype, "--max-shard-size": max_shard_size}
-    given = [name for name, value in foreign.items() if value is not None]
-    if given:
-        goes = (
-            "goes with no GGUF file" if to == "gguf" else "goes with GGUF: --to gguf, or an --output that ends in .gguf"
-        )
-        raise UsageError(f"{' and '.join(given)} {goes}")
-    size = 5.0 if max_shard_size is None else max_shard_size
-    if not 0.0 < size < float("inf"):
-        raise UsageError(f"--max-shard-size is {size:g}; expected GB, a number above 0")
-    shard = max(int(size * 1e9), 1)
-    target: HubTarget | MlxTarget | GgufTarget
-    if to == "gguf":
-        target = conversion.GgufTarget(kind=gguf_type or "F16", embeddings=gguf_embeddings)  # type: ignore[arg-type]
-    elif to == "hf":
-        target = conversion.HubTarget(dtype=dtype, max_shard_bytes=shard)
-    else:
-        chosen = None if keep else _recipe(bits, group_size, mode, layer or [], recipe, embeddings, head)
-        target = conversion.MlxTarget(recipe=chosen, dtype=dtype, max_shard_bytes=shard)
-    if dry_run:
+    given = given_of(flags)
+    target = _target(given, output)
+    if given.get("dry_run"):
         _print_plan(model, revision, target, output)
         return
-    if upload_to is not None:
-        conversion.check_repository(upload_to)
+    repository = given.get("upload")
+    if repository is not None:
+        conversion.check_repository(repository)
     if output is None:
         raise UsageError("--output PATH is needed: where the result goes")
+    settings = {name: given[name] for name in ("target_bits", "method", "rows", "length", "verify") if name in given}
     request = conversion.Request(
         model=model,
         output=Path(output),
         target=target,
         revision=revision,
-        target_bits=target_bits,
-        method=method,  # type: ignore[arg-type]
-        text=None if text is None else Path(text),
-        rows=rows,
-        length=length,
-        measure=perplexity,
-        verify=verify,
+        text=Path(given["text"]) if "text" in given else None,
+        measure=given.get("perplexity", False),
+        **settings,
     )
     with _progress() as (say, progress):
         report = conversion.fulfil(request, say=say, progress=progress)
     _print_report(report)
-    if upload_to is not None:
+    if repository is not None:
+        yes, private = given.get("yes", False), given.get("private", False)
         address = conversion.upload(
-            output, upload_to, confirm=lambda q: yes or typer.confirm(q, err=True), private=private
+            output, repository, confirm=lambda q: yes or typer.confirm(q, err=True), private=private
         )
         print("not uploaded" if address is None else f"uploaded to {address}", file=sys.stderr)
 
 
-def _recipe(
-    bits: int | None,
-    group_size: int | None,
-    mode: str | None,
-    layers: list[str],
-    file: str | None,
-    embeddings: bool,
-    head: bool,
-) -> Recipe:
+def _target(given: Mapping[str, Any], output: str | None) -> Target:
+    """The format that is asked for, or meant. Raises UsageError for flags of another one."""
+    from mlxlm import conversion
+
+    quantizing = [name for name in _QUANTIZING if name in given and given[name] != "round"]
+    to = given.get("to") or ("mlx" if quantizing else "gguf" if (output or "").endswith(".gguf") else "hf")
+    if to not in _FORMATS:
+        raise UsageError(f"--to {to!r} is no format{nearest(to, _FORMATS)}")
+    if to != "mlx" and quantizing:
+        raise UsageError(f"{_listed(quantizing)} asks for a quantized result, which is --to mlx, not --to {to}")
+    foreign = [name for name in (_OF_FOLDERS if to == "gguf" else _OF_GGUF) if name in given]
+    if foreign:
+        gguf = "goes with GGUF: --to gguf, or an --output that ends in .gguf"
+        raise UsageError(f"{_listed(foreign)} {'goes with no GGUF file' if to == 'gguf' else gguf}")
+    if to == "gguf":
+        return conversion.GgufTarget(kind=given.get("type", "F16"), embeddings=given.get("embeddings_type"))
+    folder: dict[str, Any] = {"dtype": given.get("dtype"), "max_shard_bytes": _shard_bytes(given)}
+    if to == "hf":
+        return conversion.HubTarget(**folder)
+    return conversion.MlxTarget(recipe=None if given.get("keep") else _recipe(given), **folder)
+
+
+def _listed(settings: list[str]) -> str:
+    return " and ".join(map(flag_of, settings))
+
+
+def _shard_bytes(given: Mapping[str, Any]) -> int:
+    size = given.get("max_shard_size", 5.0)
+    if not 0.0 < size < float("inf"):
+        raise UsageError(f"--max-shard-size is {size:g}; expected GB, a number above 0")
+    return max(int(size * 1e9), 1)
+
+
+def _recipe(given: Mapping[str, Any]) -> Recipe:
     from mlxlm.conversion import Recipe, parse_layer, quantization, read_recipe
 
-    if file is not None:
-        if (bits, group_size, mode, layers) != (None, None, None, []):
+    if "recipe" in given:
+        if any(name in given for name in _OF_A_RECIPE):
             raise UsageError("--recipe says it all: it doesn't go with --bits, --group-size, --mode or --layer")
-        return read_recipe(file)
-    parsed = tuple(parse_layer(text) for text in layers)
-    return Recipe(default=quantization(bits, group_size, mode), layers=parsed, embeddings=embeddings, head=head)
+        return read_recipe(given["recipe"])
+    form = quantization(*(given.get(name) for name in ("bits", "group_size", "mode")))
+    layers = tuple(parse_layer(text) for text in given.get("layer", ()))
+    return Recipe(default=form, layers=layers, embeddings=given.get("embeddings", True), head=given.get("head", True))
 
 
 def _print_plan(model: str, revision: str | None, target: Target, output: str | None) -> None:

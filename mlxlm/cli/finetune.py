@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from mlxlm.cli import options as opt
-from mlxlm.cli.finetune_flags import FLAGS, with_flags
+from mlxlm.cli.finetune_flags import FLAGS
+from mlxlm.cli.flags import with_flags
 from mlxlm.errors import UsageError
 
 if TYPE_CHECKING:

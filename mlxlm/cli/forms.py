@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from mlxlm.errors import UsageError
 
@@ -13,21 +11,9 @@ if TYPE_CHECKING:
     from mlxlm.generation import Constraint
     from mlxlm.tokenizers import Tokenizer
 
-JsonSchema = Annotated[
-    str | None,
-    typer.Option("--json-schema", metavar="FILE|JSON", help="Answer in JSON of this schema: a file, or the schema."),
-]
-Regex = Annotated[
-    str | None, typer.Option("--regex", help="Answer with a text that matches this regular expression as a whole.")
-]
 
-
-def read_schema(json_schema: str | None, regex: str | None, *, clash: bool) -> str | None:
-    """The text of the schema, None without one. Raises UsageError for two forms, and for flags that clash with them."""
-    if json_schema is not None and regex is not None:
-        raise UsageError("give either --json-schema or --regex, not both")
-    if clash and (json_schema is not None or regex is not None):
-        raise UsageError("--json-schema and --regex go with no beam search and no guessing ahead")
+def read_schema(json_schema: str | None) -> str | None:
+    """The text of the schema, None without one. Raises UsageError for a file that can't be read."""
     if json_schema is None or json_schema.lstrip().startswith("{"):
         return json_schema
     try:

@@ -85,9 +85,11 @@ def run() -> None:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as stop:
+        # typer makes a silent exit of Ctrl-C.
+        if isinstance(getattr(stop.__context__, "__cause__", None), KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+        raise
     except UnicodeError as error:
         print(f"error: text that can't be read or written in this encoding: {error}", file=sys.stderr)
         sys.exit(2)

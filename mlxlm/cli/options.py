@@ -53,29 +53,24 @@ Dtype = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub id.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-m", help="Most tokens of an answer.")]
-Temperature = Annotated[float, typer.Option("--temp", help="Sampling temperature; 0 takes the likeliest token.")]
-TopP = Annotated[float, typer.Option("--top-p", help="Sample from the likeliest tokens of this joint probability.")]
-TopK = Annotated[int, typer.Option("--top-k", help="Sample from the k likeliest tokens; 0 is off.")]
-MinP = Annotated[float, typer.Option("--min-p", help="Drop tokens below this share of the likeliest one.")]
-RepetitionPenalty = Annotated[float, typer.Option("--repetition-penalty", help="Above 1 avoids repetition.")]
-LogitBias = Annotated[str | None, typer.Option("--logit-bias", metavar="JSON", help='As {"TOKEN_ID": BIAS, ...}.')]
-Seed = Annotated[int | None, typer.Option("--seed", help="Of the random numbers; default drawn anew.")]
-Stop = Annotated[list[str] | None, typer.Option("--stop", help="A string that ends an answer; may be repeated.")]
-StopToken = Annotated[
-    list[str] | None, typer.Option("--extra-eos-token", help="A further token that ends an answer; may be repeated.")
-]
 MeshFlag = Annotated[
     str | None,
     typer.Option("--mesh", metavar="AXES", help="Under `launch`: dp=2,tp=2 (and pp, sp); default all data parallel."),
 ]
 Zero = Annotated[int, typer.Option("--zero", help="What data-parallel processes share: 0 nothing to 3 everything.")]
 Schedule = Annotated[str, typer.Option("--schedule", help="Of pipeline stages: 1f1b or gpipe.")]
-SystemPrompt = Annotated[str | None, typer.Option("--system-prompt", help="The system message.")]
 
 
 def shipped_model() -> str:
     """The directory of the small model that comes with the package; its README.md says what it is."""
     return str(Path(__file__).parent.parent / "shipped" / "python-stdlib")
+
+
+def read_text(given: str) -> str:
+    """A text given to a flag; - stands for standard input."""
+    if given != "-":
+        return given
+    return sys.stdin.read() if sys.stdin is not None else ""
 
 
 @contextlib.contextmanager

@@ -91,6 +91,9 @@ def fulfil(request: Request, *, say: Said | None = None, progress: Progress | No
     say = say or (lambda text: None)
     target, notes = request.target, []
     data, before = None, None
+    if isinstance(target, MlxTarget) and target.recipe is not None and (held := open_model(path).quantizations):
+        bits = " and ".join(str(bits) for bits in sorted({form.bits for form in held.values()}))
+        say(f"the source is quantized to {bits} bits and is rounded once more; --keep takes its weights as they are")
     if request.calibrates or request.measure:
         data = _calibration(path, request)
     if request.calibrates:

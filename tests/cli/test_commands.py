@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.abc
 import json
 import os
 import signal
@@ -204,6 +205,30 @@ def test_ctrl_c_stops_a_chat_answer_and_not_the_program(tiny_directory):
         process.stdout.close()
         process.stderr.close()
         process.wait()
+
+
+def test_ctrl_c_while_the_command_is_imported_is_one_line(monkeypatch, capsys):
+    from mlxlm.__main__ import main
+
+    class Interrupts(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path, target=None):
+            if name.startswith("mlxlm."):
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "mlxlm.cli.main")
+    monkeypatch.setattr(sys, "meta_path", [Interrupts(), *sys.meta_path])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
+
+
+def test_ctrl_c_in_a_verb_is_one_line(mlxlm_command, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlxlm.cli.options.load", interrupted)
+    assert mlxlm_command("generate", "--prompt", "x") == (130, "", "interrupted\n")
 
 
 def test_output_to_a_device_or_a_link_is_written_and_not_replaced(mlxlm_command, tiny_bert_directory, tmp_path):

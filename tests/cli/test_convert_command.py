@@ -54,7 +54,10 @@ def test_the_ending_of_the_output_asks_for_gguf(mlxlm_command, tiny_directory, t
     [
         ([], "--output PATH is needed"),
         (["--to", "mxl", "-o", "x"], "'mxl' is no format; did you mean 'mlx'?"),
-        (["--to", "hf", "--bits", "4", "-o", "x"], "go with --to mlx"),
+        (
+            ["--to", "hf", "--bits", "4", "-o", "x"],
+            "--bits asks for a quantized result, which is --to mlx",
+        ),
         (["--bits", "7", "-o", "x"], "quantization bits is 7; valid in affine mode: 1, 2, 3, 4, 5, 6, 8"),
         (["--bits", "4", "--layer", "up_proj", "-o", "x"], "'up_proj' is not PATTERN=BITS"),
         (["--layer", "*.up_proj=four", "-o", "x"], "'four' is not BITS"),

@@ -27,9 +27,9 @@ def test_answers_keep_to_the_form(mlxlm_command, tmp_path):
     ("flags", "message"),
     [
         (["--regex", "("], "unclosed group"),
-        (["--regex", "a", "--json-schema", "{}"], "not both"),
-        (["--regex", "a", "--num-beams", "2"], "no beam search"),
-        (["--regex", "a", "--prompt-lookup", "2"], "no guessing"),
+        (["--regex", "a", "--json-schema", "{}"], "goes without --regex"),
+        (["--regex", "a", "--num-beams", "2"], "a beam search (--num-beams) goes without --regex"),
+        (["--regex", "a", "--prompt-lookup", "2"], "goes without --prompt-lookup"),
         (["--json-schema", "/no/such/file"], "can't be read"),
         (["--json-schema", '{"not": {}}'], "Unimplemented"),
     ],

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+import mlxlm
+from mlxlm.generation import ContrastiveSearch, Guidance, Sampling, best_of
+
 BASE = ["generate", "--max-tokens", 24, "--logit-bias", '{"2": -1000}']
 
 
@@ -69,10 +72,27 @@ def test_chat_takes_the_same_flags(mlxlm_command, tiny_directory):
         (["--early-exit", 99], "valid are 1 to"),
         (["--prompt-lookup", 2, "--max-kv-size", 20], "without --max-kv-size"),
         (["--draft-model", "{seq2seq}"], "another tokenizer"),
-        (["--num-beams", 2, "--kv-bits", 8], "beam search"),
+        (["--num-beams", 2, "--kv-bits", 8], "a beam search (--num-beams) goes without --logit-bias and --kv-bits"),
+        (["--contrastive-alpha", 0.6, "--temp", 1], "contrastive search (--contrastive-alpha) goes without --temp"),
+        (
+            ["--contrastive-alpha", 0.6, "--num-beams", 2],
+            "without --logit-bias and --contrastive-alpha",
+        ),
+        (["--contrastive-alpha", 0.6, "--top-k", 1], "valid are 2 and more"),
+        (["--contrastive-alpha", 6], "must be between 0 and 1"),
+        (["--contrastive-alpha", 0.6, "--prompt-lookup", 2, "--best-of", 3], "goes without --contrastive-alpha"),
+        (["--guidance-scale", 2], "--guidance-scale is an option of guidance: give --negative-prompt too"),
+        (["--negative-prompt", "x"], "--negative-prompt is an option of guidance: give --guidance-scale too"),
+        (["--negative-prompt", "", "--guidance-scale", 2], "--negative-prompt is empty"),
+        (["--negative-prompt", "x", "--guidance-scale", "nan"], "--guidance-scale is nan"),
+        (["--negative-prompt", "x", "--guidance-scale", 2, "--early-exit", 1], "guidance (--guidance-scale) goes"),
+        (["--best-of", 3], "give --temp above 0"),
+        (["--best-of", 0, "--temp", 1], "--best-of is 0"),
+        (["--best-of", 2, "--temp", 1, "--num-return-sequences", 3], "--num-return-sequences is 3, but must be 1 to 2"),
+        (["--best-of", 2, "--temp", 1, "--stop", "x"], "goes without --stop"),
         (["--prompt-cache-file", "{tmp}/none.safetensors"], "no such file"),
         (["--prompt-cache-file", "{tmp}/a.bin"], "is a .safetensors file"),
-        (["--prompt-cache-file", "x.safetensors", "--kv-bits", 8], "says which cache"),
+        (["--prompt-cache-file", "x.safetensors", "--kv-bits", 8], "goes without --kv-bits"),
     ],
     ids=lambda value: None if isinstance(value, str) else value[0],
 )
@@ -104,3 +124,38 @@ def test_a_file_of_another_model_is_refused(mlxlm_command, tiny_directory, tmp_p
     status, _, err = mlxlm_command(*arguments)
     assert status == 2
     assert "made with another model" in err
+
+
+CHAT = [{"role": "user", "content": "so so so"}]
+BIAS = {2: -1000.0}
+
+
+def test_contrastive_search_is_that_of_the_library(mlxlm_command, tiny_directory):
+    model, tokenizer = mlxlm.load(tiny_directory)
+    flags = ["--contrastive-alpha", 0.7, "--top-k", 6]
+    search = ContrastiveSearch(alpha=0.7, top_k=6)
+    wanted = mlxlm.generate(model, tokenizer, CHAT, max_tokens=24, logit_bias=BIAS, contrastive=search)
+    assert answer(mlxlm_command, tiny_directory, "so so so", *flags) == wanted + "\n"
+    assert answer(mlxlm_command, tiny_directory, "so so so", *flags, "--temp", 0, "--kv-bits", 8, "--kv-group-size", 32)
+
+
+def test_guidance_leans_away_from_a_prompt_in_the_same_template(mlxlm_command, tiny_directory):
+    model, tokenizer = mlxlm.load(tiny_directory)
+    negative = tuple(tokenizer.encode_chat([{"role": "user", "content": "no"}], add_generation_prompt=True))
+    guidance = Guidance(scale=1.8, negative=negative)
+    wanted = mlxlm.generate(model, tokenizer, CHAT, max_tokens=24, logit_bias=BIAS, guidance=guidance)
+    flags = ["--guidance-scale", 1.8, "--negative-prompt", "no"]
+    assert answer(mlxlm_command, tiny_directory, "so so so", *flags) == wanted + "\n"
+    assert answer(mlxlm_command, tiny_directory, "so so so") != wanted + "\n"
+
+
+def test_the_best_answers_come_with_their_likelihoods(mlxlm_command, tiny_directory):
+    model, tokenizer = mlxlm.load(tiny_directory)
+    tokens = tokenizer.encode_chat(CHAT, add_generation_prompt=True)
+    sampling = Sampling(temperature=1.4, seed=3, logit_bias=BIAS)
+    options = {"max_tokens": 24, "sampling": sampling, "stop_tokens": tokenizer.stop_ids}
+    (wanted,) = best_of(model, [tokens], samples=5, keep=2, **options)
+    flags = ["--best-of", 5, "--temp", 1.4, "--seed", 3]
+    lines = [f"{one.mean_log_probability:.4f}\t{tokenizer.decode(one.answer)}\n" for one in wanted]
+    assert answer(mlxlm_command, tiny_directory, "so so so", *flags, "--num-return-sequences", 2) == "".join(lines)
+    assert answer(mlxlm_command, tiny_directory, "so so so", *flags) == lines[0].split("\t", 1)[1]

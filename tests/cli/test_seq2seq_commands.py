@@ -45,8 +45,8 @@ def test_several_answers_come_with_their_scores(mlxlm_command, tiny_seq2seq_dire
         (["--num-return-sequences", "2"], "--num-return-sequences is an option of beam search"),
         (["--num-beams", "2", "--num-return-sequences", "3"], "between 1 and the 2 beams"),
         (["--num-beams", "2", "--early-stopping", "maybe"], "true, false or never"),
-        (["--num-beams", "2", "--temp", "0.5"], "no sampling option"),
-        (["--num-beams", "2", "--stop", "x"], "no --stop"),
+        (["--num-beams", "2", "--temp", "0.5"], "goes without --temp"),
+        (["--num-beams", "2", "--stop", "x"], "goes without --stop"),
     ],
     ids=str,
 )

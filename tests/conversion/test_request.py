@@ -91,3 +91,14 @@ def test_a_size_that_cannot_be_reached_says_so(source, text, tmp_path):
     with pytest.raises(UsageError, match="mxfp4 has one number of them"):
         fulfil(Request(**ask, target=MlxTarget(recipe=Recipe(default=quantization(mode="mxfp4"))), target_bits=5.0))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_is_quantized_already_is_pointed_out(source, tmp_path):
+    said = []
+    fulfil(Request(model=str(source), output=tmp_path / "once", target=FOUR_BITS), say=said.append)
+    assert said == []
+    for name, recipe, hints in (("twice", FOUR_BITS.recipe, 1), ("kept", None, 0)):
+        said = []
+        request = Request(model=str(tmp_path / "once"), output=tmp_path / name, target=MlxTarget(recipe=recipe))
+        fulfil(request, say=said.append)
+        assert len([line for line in said if "quantized to 4 bits" in line and "--keep" in line]) == hints

@@ -6,6 +6,7 @@ from mlxlm.generation.blanks import BLANKS, Filled, fill_blanks
 from mlxlm.generation.choice import Likelihood, likelihoods
 from mlxlm.generation.classification import Classified, classify, head_labels, label_logits, marked, tag
 from mlxlm.generation.constraint import Constraint, grammar, json_schema, regex
+from mlxlm.generation.contrastive import ContrastiveSearch
 from mlxlm.generation.conversation import Conversation
 from mlxlm.generation.decoding import Piece, batch_generate, generate, stream_generate
 from mlxlm.generation.embedding import POOLINGS, embed
@@ -33,6 +34,7 @@ __all__ = [
     "Classified",
     "Completion",
     "Constraint",
+    "ContrastiveSearch",
     "Conversation",
     "CountPenalties",
     "Engine",

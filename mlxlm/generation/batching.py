@@ -64,6 +64,7 @@ def generate_tokens(
         spec=spec,
         cache_limit=cache_limit,
         stepping=stepping,
+        patient=True,
     )
     try:
         return run(scheduler, requests, samples)

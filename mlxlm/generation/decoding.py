@@ -13,6 +13,7 @@ import numpy as np
 
 from mlxlm.errors import PromptError, UsageError, nearest
 from mlxlm.generation.batching import counted, run
+from mlxlm.generation.contrastive import ContrastiveSearch, contrastive_decode
 from mlxlm.generation.guidance import Guidance, GuidedSteps
 from mlxlm.generation.requests import Likelihoods, Processor, Request, TokenChoice, added
 from mlxlm.generation.sampler import Sampler
@@ -117,6 +118,7 @@ def stream_generate(
     constraint: Constraint | None = None,
     processors: Sequence[Processor] = (),
     guidance: Guidance | None = None,
+    contrastive: ContrastiveSearch | None = None,
     sampling: Sampling | None = None,
     **options: Any,
 ) -> Iterator[Piece]:
@@ -130,7 +132,8 @@ def stream_generate(
     likelihoods: 0 to get the log probability of each token, n for those of the n likeliest too, default neither.
     constraint: what the answer must look like, see `json_schema` and `regex`.  processors: further changes to the
     logits, see `Processor`; new ones for each answer.  guidance: lean away from another prompt, see `Guidance`.
-    None of the three goes with speculation.
+    None of the three goes with speculation.  contrastive: choose by contrastive search, see `ContrastiveSearch`, with
+    an empty cache, and without speculation and guidance.
     sampling: see `Sampling`; or its fields as keywords (temperature=0.7 ...). A repetition penalty counts
     what the decoder reads: prompt and answer, or with an encoder-decoder the answer alone.
 
@@ -154,7 +157,12 @@ def stream_generate(
     if guidance is not None:
         check_ids(model, guidance.negative)
         limit = room(model, guidance.negative, limit)
-    if speculation is None:
+    if contrastive is not None:
+        contrastive.check_sampling(sampling)
+        if speculation is not None or guidance is not None:
+            raise UsageError("contrastive search goes with no speculation and no guidance")
+        choices = contrastive_decode(model, tokens, cache, sampler, limit, contrastive, likelihoods, processors)
+    elif speculation is None:
         choices = decode(model, tokens, cache, sampler, limit, likelihoods, processors, guidance)
     else:
         choices = speculative_decode(model, tokens, cache, sampler, limit, speculation, likelihoods)
@@ -334,7 +342,7 @@ def batch_generate(
             )
             for row, one in zip(rows, own, strict=True)
         ]
-        found = run(Scheduler(model, words, max_rows=batch_size), requests)
+        found = run(Scheduler(model, words, max_rows=batch_size, patient=True), requests)
         return [tokenizer.decode(one.answer) for one in found]
     if constraint is not None:
         raise UsageError("an encoder-decoder model takes no constraint for a batch; use generate, one prompt at a time")

@@ -109,7 +109,8 @@ class Rows:
         tokens, known = self._tokens, self._likelihoods
         assert tokens is not None
         going_on = any(row.launched < row.limit for row in self.rows)
-        logits = self._step(mx.maximum(tokens, 0), self.cache) if going_on else None
+        # A -1 for logits that were no numbers stands for some word here; reading it is an error below.
+        logits = self._step(tokens, self.cache) if going_on else None
         waits = any(row.request.processors for row in self.rows)
         likelihoods = max((row.request.likelihoods or 0 for row in self.rows), default=0)
         if logits is not None and not waits:

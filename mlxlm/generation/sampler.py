@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
 
 import mlx.core as mx
 
+from mlxlm import runtime
 from mlxlm.errors import SamplingError
 from mlxlm.generation.sampling import Sampling, keep_min_p, keep_top_k, keep_top_p, penalize
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What there is to do for a set of rows, decided in Python so that nothing else is done on the device.
+
+    single: there is one row.  draws: whether some rows draw at random; all_draw: all of them.  top_k: what the rows
+    that draw ask for, no value twice.  top_p, min_p: whether some ask for it.
+    """
+
+    vocab_size: int
+    single: bool = False
+    draws: bool = False
+    all_draw: bool = False
+    top_k: tuple[int, ...] = ()
+    top_p: bool = False
+    min_p: bool = False
 
 
 class Sampler:
     """Chooses the next token of each row of a batch; see `Sampling`. Rows come (`join`) and go (`take`).
 
     vocab_size: ids from there on are never chosen. What a row draws depends on its own seed alone, not on the others.
+    compiled: choose by one compiled function; default on GPUs, where each of its kernels costs as much as a layer's.
     """
 
-    def __init__(self, vocab_size: int):
+    def __init__(self, vocab_size: int, *, compiled: bool | None = None):
         self.vocab_size = vocab_size
+        self.compiled = runtime.backend() != "cpu" if compiled is None else compiled
         self.samplings: list[Sampling] = []
         # Random keys (B, 2), what is added to logits (B, V) and what occurred (B, V); None while no row needs it.
         self._keys = mx.zeros((0, 2), dtype=mx.uint32)
@@ -28,11 +50,7 @@ class Sampler:
 
     def join(self, samplings: Sequence[Sampling], prompts: Sequence[Sequence[int]]) -> None:
         """Append rows.  prompts: tokens that count as having occurred, one list a row."""
-        self.extend(Sampler._made(self.vocab_size, samplings, prompts))
-
-    @classmethod
-    def _made(cls, size: int, samplings: Sequence[Sampling], prompts: Sequence[Sequence[int]]) -> Sampler:
-        made = cls(size)
+        made, size = Sampler(self.vocab_size), self.vocab_size
         made.samplings = list(samplings)
         seeds = [int.from_bytes(os.urandom(4), "little") if s.seed is None else s.seed for s in samplings]
         made._keys = mx.stack([mx.random.key(seed) for seed in seeds])
@@ -42,7 +60,7 @@ class Sampler:
             made._seen = mx.zeros((len(seeds), size), dtype=mx.bool_)
             for row, prompt in enumerate(prompts):
                 made._seen[row, mx.array(list(prompt))] = True
-        return made
+        self.extend(made)
 
     def extend(self, other: Sampler) -> None:
         """Append the rows of another sampler, as far as they have come."""
@@ -73,15 +91,22 @@ class Sampler:
         def column(values: list[float]) -> mx.array:
             return mx.array(values, dtype=mx.float32).reshape(-1, 1)
 
-        self._random = [sampling.temperature > 0 for sampling in rows]
+        drawing = [sampling for sampling in rows if sampling.temperature > 0]
+        self._work = _Work(
+            self.vocab_size,
+            single=len(rows) == 1,
+            draws=bool(drawing),
+            all_draw=len(drawing) == len(rows),
+            top_k=tuple(sorted({sampling.top_k for sampling in drawing})),
+            top_p=any(sampling.top_p < 1 for sampling in drawing),
+            min_p=any(sampling.min_p > 0 for sampling in drawing),
+        )
+        self._drawn = mx.array([sampling.temperature > 0 for sampling in rows], dtype=mx.bool_)
         self._temperature = column([sampling.temperature or 1.0 for sampling in rows])
         self.penalty = column([sampling.repetition_penalty for sampling in rows])
-        self._top_k = {sampling.top_k for sampling in rows if sampling.temperature > 0}
         # A row without a filter gets a border that nothing reaches.
         self._k = mx.array([sampling.top_k or self.vocab_size for sampling in rows], dtype=mx.int32).reshape(-1, 1)
-        self._top_p = [sampling.top_p < 1 and sampling.temperature > 0 for sampling in rows]
         self._p = column([sampling.top_p if sampling.top_p < 1 else 2.0 for sampling in rows])
-        self._min_p = [sampling.min_p > 0 and sampling.temperature > 0 for sampling in rows]
         self._share = column([sampling.min_p for sampling in rows])
 
     def __call__(self, logits: mx.array, added: mx.array | None = None) -> mx.array:
@@ -89,16 +114,26 @@ class Sampler:
 
         -1 for a row with a logit that is not a number: `chosen` makes an error of it once the token is read.
         """
+        if not self.compiled:
+            return self._choose(logits, added)
+        held = {name: array for name in _ARRAYS if (array := getattr(self, name)) is not None}
+        tokens, changed = _compiled(self._work)(logits, [] if added is None else [added], held)
+        for name, array in changed.items():
+            setattr(self, name, array)
+        return tokens
+
+    def _choose(self, logits: mx.array, added: mx.array | None) -> mx.array:
+        work = self._work
         if logits.shape[-1] > self.vocab_size:
             logits = logits[:, : self.vocab_size]
         broken = mx.any(mx.isnan(logits), axis=-1)
         logits = self.processed(logits, added)
-        greedy = None if all(self._random) else mx.argmax(logits, axis=-1)
-        if greedy is not None and not any(self._random):
+        greedy = None if work.all_draw else mx.argmax(logits, axis=-1)
+        if greedy is not None and not work.draws:
             tokens = greedy
         else:
             drawn = mx.argmax(self.filtered(logits) + self.noise(), axis=-1)
-            tokens = drawn if greedy is None else mx.where(mx.array(self._random), drawn, greedy)
+            tokens = drawn if greedy is None else mx.where(self._drawn, drawn, greedy)
         self.observe(tokens)
         return mx.where(broken, -1, tokens.astype(mx.int32))
 
@@ -124,16 +159,17 @@ class Sampler:
         logits = logits.astype(mx.float32)
         # The largest is made 0 first, so that a tiny temperature gives the greedy choice and not infinities.
         logits = (logits - mx.max(logits, axis=-1, keepdims=True)) / self._temperature
-        if any(0 < k < logits.shape[-1] for k in self._top_k):
-            if len(self._top_k) == 1:
-                logits = keep_top_k(logits, next(iter(self._top_k)))
+        work = self._work
+        if any(0 < k < logits.shape[-1] for k in work.top_k):
+            if len(work.top_k) == 1:
+                logits = keep_top_k(logits, work.top_k[0])
             else:
                 ordered = mx.sort(logits, axis=-1)
                 border = mx.take_along_axis(ordered, mx.maximum(self.vocab_size - self._k, 0), axis=-1)
                 logits = mx.where(logits < border, -mx.inf, logits)
-        if any(self._top_p):
+        if work.top_p:
             logits = keep_top_p(logits, self._p)
-        if any(self._min_p):
+        if work.min_p:
             logits = keep_min_p(logits, self._share)
         return logits
 
@@ -142,7 +178,7 @@ class Sampler:
     @property
     def is_greedy(self) -> bool:
         """Whether no row draws at random."""
-        return not any(self._random)
+        return not self._work.draws
 
     def seen_after(self, tokens: mx.array) -> mx.array | None:
         """What has occurred before and after each of tokens (k,), (k + 1, V) bool; None where nobody asks."""
@@ -166,11 +202,33 @@ class Sampler:
     def noise(self) -> mx.array:
         """Gumbel noise (B, V): the largest of logits and noise is distributed as the logits say (Gumbel 1954)."""
         shape = (self.vocab_size,)
-        if len(self.samplings) == 1:
+        if self._work.single:
             return mx.random.gumbel(shape, key=self.key())[None]
         keys = mx.vmap(mx.random.split)(self._keys)
         self._keys = keys[:, 0]
         return mx.vmap(lambda key: mx.random.gumbel(shape, key=key))(keys[:, 1])
+
+
+# What a choice reads, and what of that it changes.
+_ARRAYS = ("_keys", "_bias", "_seen", "_drawn", "_temperature", "penalty", "_k", "_p", "_share")
+_CHANGED = ("_keys", "_seen")
+
+
+@cache
+def _compiled(work: _Work) -> Callable[..., tuple[mx.array, dict[str, mx.array]]]:
+    """`Sampler._choose` as a compiled function of logits, what is added to them, and the arrays of a sampler."""
+
+    def choose(
+        logits: mx.array, added: list[mx.array], held: dict[str, mx.array]
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        sampler = Sampler(work.vocab_size, compiled=False)
+        sampler._work = work
+        for name, array in held.items():
+            setattr(sampler, name, array)
+        tokens = sampler._choose(logits, *added or [None])
+        return tokens, {name: getattr(sampler, name) for name in _CHANGED if name in held}
+
+    return mx.compile(choose)
 
 
 def check_biases(sampling: Sampling, vocab_size: int) -> None:

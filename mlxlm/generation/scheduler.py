@@ -49,6 +49,8 @@ class Scheduler:
 
     words: ids from there on are never chosen.  max_rows: answered at once.  chunk: tokens of prompts read in a step,
     default what the memory plan says.  cache_limit: default a share of the free memory, see `plan_generation`.
+    patient: nobody waits for a single token, so a step reads all prompts that are let in, chunk by chunk, before it
+    makes tokens: there are fewer steps, and rows of one length stay so, which is faster. Default False.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Scheduler:
         spec: CacheSpec | None = None,
         cache_limit: int | None = None,
         stepping: Stepping | None = None,
+        patient: bool = False,
     ):
         check_generates(model)
         if model.config.has_memory:
@@ -79,6 +82,7 @@ class Scheduler:
         if not self.spec.ragged:
             raise UsageError("rows of a batch have different lengths: give a CacheSpec(ragged=True)")
         self.cache_limit = plan_generation(model, spec=self.spec, cache_limit=cache_limit).cache_limit
+        self.patient = patient
         self._size = value_bytes(model)
         self._waiting: deque[list[Row]] = deque()
         self._reading: deque[_Reading] = deque()
@@ -147,6 +151,9 @@ class Scheduler:
         """One step; the tokens that are known now, at most one a row. A row ends with the one that has a reason to."""
         self._let_in()
         self._read()
+        while self.patient and self._reading:
+            mx.eval(self.rows.cache.arrays())  # else the activations of all passes would be there at once
+            self._read()
         return self.rows.step()
 
     def drop(self, rows: Iterable[Row]) -> None:

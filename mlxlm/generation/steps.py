@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -81,6 +82,14 @@ class Steps:
         """Logits (B, V) of what follows tokens (B,)."""
         return self._step(tokens, self.cache)
 
+    def read(self, tokens: Sequence[int]) -> mx.array:
+        """Like `start` for one prompt that the cache holds nothing of; hidden states (n, dim) of all decoder tokens."""
+        return mx.concatenate(list(passes(self.model, tokens, self.cache)), axis=1)[0]
+
+    def look(self, tokens: mx.array) -> mx.array:
+        """Like `step`; hidden states (B, dim) of the tokens."""
+        return self.model.hidden(tokens[:, None], cache=self.cache)[:, -1]
+
     def take(self, rows: Sequence[int]) -> None:
         """Go on with other rows: row i continues what row rows[i] did."""
         self.cache.take(mx.array(list(rows)))
@@ -91,16 +100,28 @@ class MemorySteps(Steps):
 
     def start(self, rows: Sequence[Sequence[int]]) -> mx.array:
         """See `Steps.start`: B rows go to the encoder, the decoder begins with its start token."""
+        return self.model.logits(self._begin(rows))
+
+    def step(self, tokens: mx.array) -> mx.array:
+        """See `Steps.step`."""
+        return self.model.logits(self.look(tokens))
+
+    def read(self, tokens: Sequence[int]) -> mx.array:
+        """See `Steps.read`: the decoder has read its start token."""
+        return self._begin([tokens])
+
+    def look(self, tokens: mx.array) -> mx.array:
+        """See `Steps.look`."""
+        hidden = self.model.decode(tokens[:, None], self.memory, memory_lengths=self.lengths, cache=self.cache)
+        return hidden[:, -1]
+
+    def _begin(self, rows: Sequence[Sequence[int]]) -> mx.array:
+        """Hidden states (B, dim) of the decoder's start token."""
         tokens, lengths = pad(rows)
         self.lengths = lengths if len(set(map(len, rows))) > 1 else None
         self.memory = self.model.encode(tokens, key_lengths=self.lengths)
         self.prompts = list(range(len(rows)))
-        return self.step(mx.full((len(rows),), self.model.config.decoder_start, dtype=mx.int32))
-
-    def step(self, tokens: mx.array) -> mx.array:
-        """See `Steps.step`."""
-        hidden = self.model.decode(tokens[:, None], self.memory, memory_lengths=self.lengths, cache=self.cache)
-        return self.model.logits(hidden[:, -1])
+        return self.look(mx.full((len(rows),), self.model.config.decoder_start, dtype=mx.int32))
 
     def take(self, rows: Sequence[int]) -> None:
         """See `Steps.take`."""
@@ -121,7 +142,13 @@ def make_steps(model: Transformer, cache: Cache | None = None) -> Steps:
 
 
 def prefill(model: Transformer, tokens: Sequence[int], cache: Cache, chunk: int | None = None) -> mx.array:
-    """Feed the tokens that the cache doesn't hold, chunk by chunk; hidden states (1, n, dim) of the last chunk.
+    """Feed the tokens that the cache doesn't hold; hidden states (1, n, dim) of the last chunk. See `passes`."""
+    (hidden,) = deque(passes(model, tokens, cache, chunk), maxlen=1)
+    return hidden
+
+
+def passes(model: Transformer, tokens: Sequence[int], cache: Cache, chunk: int | None = None) -> Iterator[mx.array]:
+    """Feed the tokens that the cache doesn't hold, chunk by chunk; hidden states (1, n, dim) of each.
 
     A cache whose keys don't serve in so long a context is filled anew.  chunk: tokens at once, default what the memory
     plan says.
@@ -133,7 +160,8 @@ def prefill(model: Transformer, tokens: Sequence[int], cache: Cache, chunk: int 
     if chunk is None:
         chunk = left.shape[1] if left.shape[1] <= SHORTEST_CHUNK else prefill_chunk(model)
     while left.shape[1] > chunk:
-        model.hidden(left[:, :chunk], cache=cache, context=total)
+        hidden = model.hidden(left[:, :chunk], cache=cache, context=total)
         mx.eval(cache.arrays())
+        yield hidden
         left = left[:, chunk:]
-    return model.hidden(left, cache=cache, context=total)
+    yield model.hidden(left, cache=cache, context=total)

@@ -38,6 +38,8 @@ class KeyValueCache:
         self.keys: Parts | None = None
         self.values: Parts | None = None
         self.length = 0
+        # Position of the key in the first slot; caches that forget move on.
+        self.first = 0
         # Slots that will ever be needed, where somebody knows; growing doesn't go beyond.
         self.most: int | None = None
         # How many of the first keys stand before all tokens: virtual ones, which no trimming forgets.
@@ -142,6 +144,12 @@ class KeyValueCache:
         if memory and self.memory is not None:
             self.memory = self.memory[0][rows], self.memory[1][rows]
 
+    def adopt(self, row: mx.array) -> None:
+        """All rows take over the last token of one.  row () int."""
+        slot = self.length - self.first - 1
+        for array in (*(self.keys or ()), *(self.values or ())):
+            array[:, :, slot] = array[row, :, slot]
+
     def join(self, others: Sequence[KeyValueCache]) -> None:
         """Append the rows of other caches of this kind and storage, each at least one token long."""
         caches = [cache for cache in (self, *others) if cache.keys is not None]
@@ -189,7 +197,9 @@ def _written(held: Parts, new: Parts, at: int | mx.array) -> Parts:
         return tuple(
             mx.slice_update(array, part, at.reshape(1), axes=(2,)) for array, part in zip(held, new, strict=True)
         )
-    slots = (at[:, None] + mx.arange(new[0].shape[2], dtype=at.dtype))[:, None, :, None]
+    count = new[0].shape[2]
+    slots = at[:, None] if count == 1 else at[:, None] + mx.arange(count, dtype=at.dtype)
+    slots = slots[:, None, :, None]
     return tuple(
         mx.put_along_axis(array, mx.broadcast_to(slots, part.shape), part, axis=2)
         for array, part in zip(held, new, strict=True)
@@ -205,8 +215,9 @@ class Cache:
 
     def __init__(self, layers: int | Sequence[KeyValueCache]) -> None:
         self.layers = [KeyValueCache() for _ in range(layers)] if isinstance(layers, int) else list(layers)
-        # Tokens of each row, virtual ones not counted, while they differ.
+        # Tokens of each row, virtual ones not counted, while they differ; and the array of them, made when asked for.
         self.lengths: list[int] | None = None
+        self._offset: mx.array | None = None
         # Where the next pass writes, when a compiled step keeps that on the device.
         self.place: mx.array | None = None
 
@@ -229,14 +240,19 @@ class Cache:
         """Position of the next token: an int, or an array where the rows differ or it is kept on the device."""
         if self.place is not None:
             return self.place
-        return self.length if self.lengths is None else mx.array(self.lengths, dtype=mx.int32)
+        if self.lengths is None:
+            return self.length
+        if self._offset is None:
+            self._offset = mx.array(self.lengths, dtype=mx.int32)
+        return self._offset
 
     @property
     def slots(self) -> mx.array | None:
         """Where the next token of each row is written, None for behind those held. See `KeyValueCache.attend`."""
         if self.place is None and self.lengths is None:
             return None
-        return self.offset + self.layers[0].virtual  # type: ignore[return-value]
+        virtual = self.layers[0].virtual
+        return self.offset + virtual if virtual else self.offset  # type: ignore[return-value]
 
     def begin(self, virtual: int) -> None:
         """Count the first `virtual` positions of every layer, which are being filled now, as no tokens."""
@@ -256,7 +272,7 @@ class Cache:
     def _set(self, lengths: list[int]) -> None:
         for layer in self.layers:
             layer.length = max(lengths) + layer.virtual
-        self.lengths = None if len(set(lengths)) == 1 else lengths
+        self.lengths, self._offset = None if len(set(lengths)) == 1 else lengths, None
 
     def bound(self, tokens: int) -> None:
         """Don't make room for more than so many tokens a row as long as they are enough."""
@@ -298,6 +314,16 @@ class Cache:
         if self.lengths is not None:
             order = rows.tolist() if isinstance(rows, mx.array) else rows
             self._set([self.lengths[row] for row in order])
+
+    def adopt(self, row: mx.array) -> None:
+        """Rows that differ in their last token alone become row `row`, () int, without copying what they share.
+
+        Raises UsageError for rows of different lengths.
+        """
+        if self.lengths is not None:
+            raise UsageError("rows of different lengths differ in more than their last token")
+        for layer in self.layers:
+            layer.adopt(row)
 
     def join(self, others: Sequence[Cache]) -> None:
         """Append the rows of other caches, in order, each of any length; an empty cache becomes theirs.

@@ -38,8 +38,6 @@ class WindowCache(KeyValueCache):
             )
         self.window = window
         self.keep = keep
-        # Position of the key in the first slot.
-        self.first = 0
         self.sinks: tuple[Parts, Parts] | None = None
 
     def attend(
@@ -88,7 +86,7 @@ class WindowCache(KeyValueCache):
         self._make_room(new, end, max(self.first, seen - self.reserve_tokens))
         held = self._write(new, start - self.first)
         if self.keep and start < self.keep <= end:
-            self.sinks = tuple(tuple(a[:, :, : self.keep] for a in parts) for parts in held)  # type: ignore[assignment]
+            self._hold_sinks(held)
         lost = min(self.keep, seen) if self.keep else 0
         if lost:
             # Slots just behind the window hold what nobody sees any more: the sinks go there.
@@ -99,6 +97,15 @@ class WindowCache(KeyValueCache):
         part = slice(seen - lost - self.first, end - self.first)
         keys, values = (tuple(a[:, :, part] for a in parts) for parts in held)
         return keys, values, seen - lost
+
+    def _hold_sinks(self, held: tuple[Parts, Parts]) -> None:
+        self.sinks = tuple(tuple(a[:, :, : self.keep] for a in parts) for parts in held)  # type: ignore[assignment]
+
+    def adopt(self, row: mx.array) -> None:
+        """See `KeyValueCache.adopt`."""
+        super().adopt(row)
+        if self.keep and self.length == self.keep and self.keys is not None and self.values is not None:
+            self._hold_sinks((self.keys, self.values))
 
     def _write(self, new: Any, slot: int) -> tuple[Parts, Parts]:
         for held, parts in zip((self.keys, self.values), new, strict=True):

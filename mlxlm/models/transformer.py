@@ -380,7 +380,9 @@ class Transformer(nn.Module):
         if explicit is not None and (explicit.ndim != 2 or explicit.shape[1] != tokens.shape[1]):
             raise UsageError(f"positions have shape {explicit.shape}, but tokens {tokens.shape}")
         part, parts = self._parts
-        offset = first + part * tokens.shape[1] + (0 if cache is None else cache.offset)
+        offset: int | mx.array = first + part * tokens.shape[1]
+        if cache is not None:
+            offset = offset + cache.offset if offset else cache.offset
         if parts > 1:
             context = max(context, parts * tokens.shape[1])
         if explicit is None and (cache is None or cache.place is None):

@@ -208,6 +208,23 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(loaded_models):
     assert long.answer == []
 
 
+def test_who_is_patient_reads_all_prompts_before_the_first_token(loaded_models):
+    model, given = loaded_models["gemma2"], [[5, 6, 7], [8, 9, 10], [11, 12, 13], [20, 21, 22], [30] * 9]
+    answers = []
+    for patient in (False, True):
+        scheduler = Scheduler(model, 67, chunk=6, max_rows=4, patient=patient)
+        rows = [scheduler.add(Request(tokens=tuple(prompt), max_tokens=5))[0] for prompt in given]
+        scheduler.step()
+        # Two prompts a chunk: those of the second are a token behind where nobody waited for them.
+        assert len(scheduler.rows) == (4 if patient else 2)
+        scheduler.step()
+        assert (scheduler.rows.cache.lengths is None) == patient
+        while scheduler.busy:
+            scheduler.step()
+        answers.append([row.answer for row in rows])
+    assert answers[0] == answers[1]
+
+
 def test_caches_stay_within_the_limit(loaded_models):
     model = loaded_models["llama"]
     row = Scheduler(model, 67).row_bytes(30)

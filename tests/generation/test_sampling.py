@@ -8,6 +8,7 @@ import pytest
 
 from mlxlm.errors import SamplingError
 from mlxlm.generation import Sampling
+from mlxlm.generation.sampler import Sampler
 from mlxlm.generation.sampling import keep_min_p, keep_top_k, keep_top_p, penalize
 
 V = 23
@@ -137,3 +138,52 @@ def test_a_tiny_temperature_takes_the_likeliest_token(temperature):
     x = logits_of(8)
     sampler = Sampling(temperature=temperature, seed=0).sampler([0], V)
     assert {sampler(mx.array(x)[None]).item() for _ in range(20)} == {int(x.argmax())}
+
+
+SEVERAL = [
+    [Sampling()],
+    [Sampling(temperature=0.8, seed=4)],
+    [Sampling(temperature=0.8, seed=1), Sampling(), Sampling(temperature=1.2, top_k=5, top_p=0.9, seed=2)],
+    [Sampling(repetition_penalty=1.3), Sampling(temperature=1.0, min_p=0.02, logit_bias={3: 1.5}, seed=3)],
+]
+
+
+def draws(samplings, *, compiled):
+    """Four steps, two rows of which are left for the last two where there are more."""
+    drawn = np.random.default_rng(0)
+    sampler = Sampler(V, compiled=compiled)
+    sampler.join(samplings, [[1, 2]] * len(samplings))
+    found = []
+    for step in range(4):
+        if step == 2 and len(samplings) > 2:
+            sampler.take([2, 0])
+        rows = len(sampler.samplings)
+        logits = mx.array(drawn.normal(0, 2, (rows, V + 3)), dtype=mx.float32)
+        added = mx.array(drawn.normal(0, 1, (rows, V)), dtype=mx.float32) if step % 2 else None
+        found.append(sampler(logits, added).tolist())
+    return found
+
+
+@pytest.fixture
+def uncompiled():
+    """On the CPU every fused kernel would be compiled by a C++ compiler; the operations are the same without."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.mark.parametrize("samplings", SEVERAL, ids=range(len(SEVERAL)))
+def test_one_function_of_arrays_chooses_the_same(samplings, uncompiled):
+    assert draws(samplings, compiled=True) == draws(samplings, compiled=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("samplings", SEVERAL, ids=range(len(SEVERAL)))
+def test_and_so_it_does_compiled(samplings):
+    assert draws(samplings, compiled=True) == draws(samplings, compiled=False)
+
+
+def test_a_compiled_choice_says_what_is_no_number(uncompiled):
+    sampler = Sampler(V, compiled=True)
+    sampler.join([Sampling(), Sampling()], [[1]] * 2)
+    assert sampler(mx.array([[0.0] * V, [float("nan")] + [1.0] * (V - 1)])).tolist() == [0, -1]

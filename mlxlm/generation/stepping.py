@@ -1,9 +1,10 @@
-"""One decoding step in three forms: plain, in compiled pieces, compiled as a whole.
+"""One decoding step in four forms: plain, in compiled pieces, compiled as a whole, and fused.
 
 A step of a small batch is bound by the host: Python builds the graph, MLX encodes each kernel. Compiled pieces take the
 first share away and fuse elementwise operations; only the attention between them is built anew, because what it sees
 grows with every token (its kernel for few queries wants no mask, so it wants the keys cut to length). Compiled as a
-whole, nothing is built, but attention runs over all room of the cache with a mask.
+whole, nothing is built, but attention runs over all room of the cache with a mask. Fused is compiled as a whole too,
+from kernels for one token (`fused_step`), about half as many; only some decoders have them, and only a single row.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from mlx.utils import tree_flatten
 
 from mlxlm import runtime
 from mlxlm.errors import UsageError, nearest
+from mlxlm.generation.fused_step import FusedLayers, Unserved, fits
 from mlxlm.layers import Block, Cache, CacheSpec, KeyValueCache, ParallelBlock, Scope, TokenPositions, WindowCache
 
 if TYPE_CHECKING:
     from mlxlm.models import Transformer
 
-Compiled = Literal["no", "pieces", "whole"]
+Compiled = Literal["no", "pieces", "whole", "fused"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,7 @@ class Stepping:
     """How decoding steps run; results are the same.
 
     joined: projections that read the same input as one product.  compiled: "no", "pieces" (all between attention and
-    attention) or "whole".  ahead: steps launched before a token is read, at least 1.
+    attention), "whole", or "fused": kernels for one token where the model and its cache have them, pieces elsewhere.  ahead: steps launched before a token is read, at least 1.
     """
 
     joined: bool = True
@@ -98,7 +100,10 @@ def _compiled_step(model: Transformer, compiled: Compiled) -> Step:
     held: tuple[Compiled, list[mx.array], Step] | None = getattr(model, "_compiled_step", None)
     if held is not None and held[0] == compiled and _same(held[1], weights):
         return held[2]
-    step: Step = PiecewiseStep(model) if compiled == "pieces" else WholeStep(model)
+    kinds: dict[Compiled, Callable[[Transformer], Step]] = {
+        "pieces": PiecewiseStep, "whole": WholeStep, "fused": FusedStep,
+    }  # fmt: skip
+    step = kinds[compiled](model)
     model._compiled_step = (compiled, weights, step)  # a tuple with an underscore is no parameter to mlx.nn
     return step
 
@@ -106,9 +111,17 @@ def _compiled_step(model: Transformer, compiled: Compiled) -> Step:
 def decoding_cache(model: Transformer, spec: CacheSpec | None = None, stepping: Stepping | None = None) -> Cache:
     """An empty cache that fits the form of the steps."""
     stepping = default_stepping() if stepping is None else stepping
-    if spec is None and stepping.compiled == "whole":
+    if spec is None and (stepping.compiled == "whole" or _keeps_all(model, stepping)):
         spec = CacheSpec(ragged=True)
     return model.make_cache(spec)
+
+
+def _keeps_all(model: Transformer, stepping: Stepping) -> bool:
+    """Whether the steps will be fused ones, for which a window is no reason to forget."""
+    if stepping.compiled != "fused" or model.config.has_memory or model.config.decoder is None:
+        return False
+    step = make_step(model, stepping)
+    return isinstance(step, FusedStep) and step.whole is not None
 
 
 def forget_steps(model: Transformer) -> None:
@@ -162,10 +175,14 @@ class PiecewiseStep:
 
 
 class WholeStep:
-    """A step compiled as a whole, over the room that the cache has; built again when that grows."""
+    """A step compiled as a whole, over the room that the cache has; built again when that grows.
 
-    def __init__(self, model: Transformer):
+    forward: makes logits (B, V) of tokens (B,), their place and the cache; default the model.
+    """
+
+    def __init__(self, model: Transformer, forward: Callable[[mx.array, mx.array, Cache], mx.array] | None = None):
         self.model = model
+        self._forward = forward or (lambda tokens, place, cache: model(tokens[:, None], cache=cache)[:, -1])
         self._compiled: dict[int, Callable[..., Any]] = {}
 
     def __call__(self, tokens: mx.array, cache: Cache) -> mx.array:
@@ -192,7 +209,6 @@ class WholeStep:
         storage = cache[0].storage
         key = hash(storage)
         if key not in self._compiled:
-            model = self.model
 
             def step(tokens: mx.array, place: mx.array, state: list[Any]) -> tuple[mx.array, list[Any]]:
                 held = Cache([KeyValueCache(storage) for _ in state])
@@ -200,8 +216,28 @@ class WholeStep:
                     # The last slot is there, so that no room is made; what is written goes to `place`.
                     layer.keys, layer.values, layer.length = tuple(keys), tuple(values), keys[0].shape[2] - 1
                 held.place = place
-                logits = model(tokens[:, None], cache=held)[:, -1]
+                logits = self._forward(tokens, place, held)
                 return logits, [(list(layer.keys), list(layer.values)) for layer in held]
 
             self._compiled[key] = mx.compile(step)
         return self._compiled[key]
+
+
+class FusedStep:
+    """A step in kernels for one token (`fused_step`), where the model and the cache have them; else in pieces.
+
+    whole: the fused step, None for a model that they don't serve; `reason` says why.
+    """
+
+    def __init__(self, model: Transformer):
+        self._pieces = PiecewiseStep(model)
+        self.whole: WholeStep | None = None
+        self.reason = ""
+        try:
+            self.whole = WholeStep(model, FusedLayers(model))
+        except Unserved as reason:
+            self.reason = str(reason)
+
+    def __call__(self, tokens: mx.array, cache: Cache) -> mx.array:
+        fused = self.whole is not None and fits(cache, tokens.shape[0])
+        return (self.whole if fused else self._pieces)(tokens, cache)  # type: ignore[misc]

@@ -193,6 +193,8 @@ def _written(held: Parts, new: Parts, at: int | mx.array) -> Parts:
         for array, part in zip(held, new, strict=True):
             array[:, :, at : at + part.shape[2]] = part
         return held
+    if at.ndim == 0 and new[0].shape[2] == 1:
+        at = at.reshape(1)  # one kernel on GPUs; a slice at a place that is not known takes two
     if at.ndim == 0:
         return tuple(
             mx.slice_update(array, part, at.reshape(1), axes=(2,)) for array, part in zip(held, new, strict=True)

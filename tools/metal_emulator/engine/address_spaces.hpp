@@ -56,9 +56,11 @@ int abs(int);
 float abs(float);
 float log2(float);
 float exp2(float);
+float exp(float);
+float rsqrt(float);
 bool isinf(float);
 namespace fast { float exp2(float); }
-namespace precise { float tanh(float); }
+namespace precise { float tanh(float); float cos(float); float sin(float); }
 template <typename T> T simd_shuffle_xor(T, ushort);
 template <typename T> T simd_sum(T);
 template <typename T> T simd_max(T);

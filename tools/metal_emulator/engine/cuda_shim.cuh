@@ -67,6 +67,8 @@ MLXLM_DEVICE float exp2(float x) { return exp2f(x); }
 }
 namespace precise {
 MLXLM_DEVICE float tanh(float x) { return tanhf(x); }
+MLXLM_DEVICE float cos(float x) { return cosf(x); }
+MLXLM_DEVICE float sin(float x) { return sinf(x); }
 }
 
 enum class mem_flags { mem_none, mem_device, mem_threadgroup, mem_device_and_threadgroup };

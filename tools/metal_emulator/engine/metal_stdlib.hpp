@@ -315,6 +315,8 @@ inline float fma(float a, float b, float c) { return fmaf(a, b, c); }
   MLXLM_MATHS(log, logf)      \
   MLXLM_MATHS(log2, log2f)    \
   MLXLM_MATHS(tanh, tanhf)    \
+  MLXLM_MATHS(cos, cosf)      \
+  MLXLM_MATHS(sin, sinf)      \
   MLXLM_MATHS(sqrt, sqrtf)    \
   MLXLM_MATHS(fabs, fabsf)    \
   MLXLM_MATHS(floor, floorf)  \

@@ -1,7 +1,8 @@
 """A decoding step of one row in few kernels: what `mlxlm.kernels.one_token` serves, put together for a whole model.
 
-It serves decoders whose layers are RMSNorm before attention and before the feed-forward layer, with residual sums,
-rotary or no positions, in one dtype or quantized to 4 or 8 bits: LLaMA and what was made after it.
+It serves decoders with RMSNorm before attention and before the feed-forward layer, maybe after them or on each head
+too, with plain residual sums, rotary or no positions, in one dtype or quantized to 4 or 8 bits: LLaMA and what was made
+after it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from mlxlm.layers.cache_storage import FloatStorage
 from mlxlm.layers.joined import JoinedLinear
 from mlxlm.layers.norms import OffsetRMSNorm
 from mlxlm.layers.positions import AttentionPositions, Rotary
+from mlxlm.models import LanguageModelHeadSpec
 
 if TYPE_CHECKING:
     from mlxlm.models import Transformer
@@ -49,6 +51,7 @@ class FusedLayers:
         dtype = model.embeddings(mx.array([[0]]), TokenPositions(1)).dtype  # nothing of it is computed
         if any(layer.dtype != dtype for layer in self.layers):
             raise Unserved(f"embeddings are {dtype}, not all layers are")
+        self.head = _head(model, dtype)
 
     def __call__(self, tokens: mx.array, place: mx.array, cache: Cache) -> mx.array:
         """Logits (1, V) after tokens (1,) at place () int32; the cache holds the new keys and values then."""
@@ -57,7 +60,10 @@ class FusedLayers:
         x = model.embeddings(tokens[:, None], TokenPositions(1, place)).reshape(-1)
         for layer, held in zip(self.layers, cache, strict=True):
             x = layer(x, position, held)
-        return model.logits(model.decoder.norm(x.reshape(1, 1, -1)))[:, -1]
+        if self.head is None:
+            return model.logits(model.decoder.norm(x.reshape(1, 1, -1)))[:, -1]
+        norm, table = self.head
+        return one_token.product(x, table, norm=norm)[None]
 
 
 class _FusedLayer:
@@ -67,41 +73,45 @@ class _FusedLayer:
         if type(block) is not Block or block.spec.cross_attention is not None:
             raise Unserved(f"layers of the kind {type(block).__name__} are not served")
         attention, feed_forward = block.attention, block.feed_forward
-        spec = attention.spec
-        if spec.clip is not None or not _is_identity(attention.query_norm, attention.key_norm):
-            raise Unserved("projected queries and keys are clipped or normed")
-        if not spec.causal:
-            raise Unserved("attention is not causal")
-        if attention._joined is None:
-            raise Unserved("the projections of attention can't be joined")
-        self.qkv, self.output = _weight(attention._joined), _weight(attention.output)
-        self.dtype = dtype = self.output.weight.dtype if self.output.scales is None else self.output.scales.dtype
-        self.norms = _norm(block.attention_residual, dtype), _norm(block.feed_forward_residual, dtype)
-        self.heads = _heads(attention)
-        self.scale, self.softcap, self.window = attention.scale, spec.softcap, spec.window
-        self.kv_shape = (1, spec.num_kv_heads, 1, spec.head_dim)
-        own = feed_forward.spec
+        spec, own = attention.spec, feed_forward.spec
+        if spec.clip is not None or not spec.causal:
+            raise Unserved("attention is not causal, or what it projects is clipped")
         if own.activation not in one_token.ACTIVATIONS:
             raise Unserved(f"the activation {own.activation} has no kernel")
-        if own.gated and feed_forward._joined is None:
-            raise Unserved("the projections of the feed-forward layer can't be joined")
-        self.activation, self.gated = own.activation, own.gated
-        self.up = _weight(feed_forward._joined if own.gated else feed_forward.up)
-        self.down = _weight(feed_forward.down)
-        reasons = [w.problem(dtype) for w in (self.qkv, self.output, self.up, self.down)]
+        if attention._joined is None or (own.gated and feed_forward._joined is None):
+            raise Unserved("projections of one input can't be joined")
+        self.qkv, self.output = _weight(attention._joined), _weight(attention.output)
+        self.up, self.down = _weight(feed_forward._joined if own.gated else feed_forward.up), _weight(feed_forward.down)
+        self.dtype = dtype = self.output.weight.dtype if self.output.scales is None else self.output.scales.dtype
+        reasons = [weight.problem(dtype) for weight in (self.qkv, self.output, self.up, self.down)]
         for reason in (*reasons, one_token.serves(spec.head_dim, dtype)):
             if reason:
                 raise Unserved(reason)
+        residuals = block.attention_residual, block.feed_forward_residual
+        self.norms = [_norm_in(residual, dtype) for residual in residuals]
+        self.norms_out = [None if _is_identity(residual.norm_out) else residual.norm_out for residual in residuals]
+        self.heads, self.head_norms = _heads(attention), _head_norms(attention, dtype)
+        self.scale, self.softcap, self.window = attention.scale, spec.softcap, spec.window
+        self.kv_shape = (1, spec.num_kv_heads, 1, spec.head_dim)
+        self.activation, self.gated = own.activation, own.gated
 
     def __call__(self, x: mx.array, position: mx.array, cache: KeyValueCache) -> mx.array:
-        query, key, value = one_token.projected_heads(x, self.qkv, self.heads, position, norm=self.norms[0])
+        query, key, value = one_token.projected_heads(
+            x, self.qkv, self.heads, position, norm=self.norms[0], head_norms=self.head_norms
+        )
         keys, values, _ = cache.append(key.reshape(self.kv_shape), value.reshape(self.kv_shape), position)
         found = one_token.attend(
             query, keys[0], values[0], position, scale=self.scale, softcap=self.softcap, window=self.window
         )
-        x = one_token.product(found, self.output, added=x)
+        x = self._added(x, found, self.output, self.norms_out[0])
         hidden = one_token.product(x, self.up, norm=self.norms[1], activation=self.activation, gated=self.gated)
-        return one_token.product(hidden, self.down, added=x)
+        return self._added(x, hidden, self.down, self.norms_out[1])
+
+    @staticmethod
+    def _added(x: mx.array, inner: mx.array, weight: Weight, norm_out: nn.Module | None) -> mx.array:
+        if norm_out is None:
+            return one_token.product(inner, weight, added=x)
+        return x + norm_out(one_token.product(inner, weight))
 
 
 def _is_identity(*layers: nn.Module) -> bool:
@@ -112,7 +122,7 @@ def _weight(layer: Any) -> Weight:
     """The arrays of a joined or single linear layer, plain or quantized."""
     if isinstance(layer, JoinedLinear):
         parts, form = layer.parts, layer._form
-    elif type(layer) in (nn.Linear, nn.QuantizedLinear):
+    elif type(layer) in (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding):
         parts = {name: layer[name] for name in ("weight", "scales", "biases", "bias") if name in layer}
         form = {name: getattr(layer, name) for name in ("group_size", "bits", "mode") if hasattr(layer, name)}
     else:
@@ -122,17 +132,46 @@ def _weight(layer: Any) -> Weight:
     return Weight(**parts, bits=form.get("bits", 0), group_size=form.get("group_size", 0))
 
 
-def _norm(residual: nn.Module, dtype: mx.Dtype) -> Norm:
-    """The norm before a sublayer, where it is an RMSNorm and there is no other."""
+def _norm_in(residual: nn.Module, dtype: mx.Dtype) -> Norm:
+    """The norm before a sublayer, where it is an RMSNorm and its input is added as it is."""
     plain = residual.spec.alpha == 1.0 and not residual.spec.from_normed and residual.after is None
-    if not plain or not _is_identity(residual.norm_out, residual.norm_after):
-        raise Unserved("norms stand elsewhere than before a sublayer, or its input is scaled")
-    norm = residual.norm_in
+    if not plain or not _is_identity(residual.norm_after):
+        raise Unserved("there is a norm after the sum, or what is added is not the layer's input")
+    return _rms_norm(residual.norm_in, dtype)
+
+
+def _rms_norm(norm: nn.Module, dtype: mx.Dtype) -> Norm:
     if type(norm) is OffsetRMSNorm:
         return Norm(scale=norm.weight.astype(mx.float32) + norm.spec.offset, eps=norm.spec.eps, rounded=False)
     if type(norm) is not nn.RMSNorm or norm.weight.dtype != dtype:
-        raise Unserved("the norms are not RMSNorm in the dtype of the weights")
+        raise Unserved("a norm is not RMSNorm in the dtype of the weights")
     return Norm(scale=norm.weight.astype(mx.float32), eps=norm.eps)
+
+
+def _head_norms(attention: nn.Module, dtype: mx.Dtype) -> tuple[Norm, Norm] | None:
+    norms = attention.query_norm, attention.key_norm
+    if _is_identity(*norms):
+        return None
+    of_query, of_key = (_rms_norm(norm, dtype) for norm in norms)
+    width = attention.spec.head_dim
+    alike = (of_query.eps, of_query.rounded) == (of_key.eps, of_key.rounded)
+    if not alike or of_query.scale.size != width or of_key.scale.size != width:
+        raise Unserved("queries and keys are not normed alike, head by head")
+    return of_query, of_key
+
+
+def _head(model: Transformer, dtype: mx.Dtype) -> tuple[Norm, Weight] | None:
+    """The last norm and the table of the logits, where nothing else happens to them; else None."""
+    spec = model.config.head
+    if type(spec) is not LanguageModelHeadSpec or spec.transform is not None:
+        return None
+    if (spec.tied and spec.bias) or spec.scale != 1.0 or spec.softcap is not None:
+        return None
+    try:
+        weight = _weight(model.embeddings.token if spec.tied else model.head.output)
+        return None if weight.problem(dtype) else (_rms_norm(model.decoder.norm, dtype), weight)
+    except Unserved:
+        return None
 
 
 def _heads(attention: nn.Module) -> Heads:

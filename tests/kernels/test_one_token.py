@@ -44,7 +44,9 @@ def error(found: mx.array, right: np.ndarray) -> float:
     return float(np.abs(exact(found) - right).max() / np.abs(right).max())
 
 
-def weight_of(rng: np.random.Generator, dtype: mx.Dtype, rows: int, inputs: int, bits: int, bias: bool) -> tuple[Weight, Any]:
+def weight_of(
+    rng: np.random.Generator, dtype: mx.Dtype, rows: int, inputs: int, bits: int, bias: bool
+) -> tuple[Weight, Any]:
     """A weight and its numbers in float64."""
     own = normal(rng, dtype, rows, inputs) * inputs**-0.5
     shift = normal(rng, dtype, rows) if bias else None
@@ -60,13 +62,24 @@ def weight_of(rng: np.random.Generator, dtype: mx.Dtype, rows: int, inputs: int,
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_a_product_with_all_that_goes_around_it(dtype: mx.Dtype, bits: int) -> None:
     rng = np.random.default_rng(bits)
-    x, added = normal(rng, dtype, 160), normal(rng, dtype, 46)
-    weight, numbers = weight_of(rng, dtype, 46, 160, bits, bias=True)
+    x, added = normal(rng, dtype, 160), normal(rng, dtype, 47)
+    weight, numbers = weight_of(rng, dtype, 47, 160, bits, bias=True)
     scale = mx.array(rng.standard_normal(160).astype(np.float32))
     found = product(x, weight, norm=Norm(scale=scale, eps=1e-3), activation="silu", added=added)
     normed = exact(x) / np.sqrt((exact(x) ** 2).mean() + 1e-3) * exact(scale)
     inner = numbers @ normed + exact(weight.bias)
     assert error(found, inner / (1 + np.exp(-inner)) + exact(added)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("bits", (0, 4))
+@pytest.mark.parametrize("normed", (False, True), ids=("plain", "normed"))
+def test_a_vector_that_is_too_long_for_threadgroup_memory(bits: int, normed: bool) -> None:
+    rng = np.random.default_rng(6)
+    x = normal(rng, mx.float32, 8224)
+    weight, numbers = weight_of(rng, mx.float32, 4, 8224, bits, bias=False)
+    norm = Norm(scale=mx.full((8224,), 2.0), eps=1e-5) if normed else None
+    scale = 2 / np.sqrt((exact(x) ** 2).mean() + 1e-5) if normed else 1.0
+    assert error(product(x, weight, norm=norm), numbers @ exact(x) * scale) < 1e-5
 
 
 @pytest.mark.parametrize("bits", (0, 4))
@@ -128,6 +141,24 @@ def test_heads_turned_by_their_position(rotated: int, interleaved: bool) -> None
         assert error(part, right) < 1e-4  # the angle itself is a float32 product
 
 
+@pytest.mark.parametrize("rounded", (True, False), ids=("rounded", "one rounding"))
+def test_heads_normed_before_they_are_turned(rounded: bool) -> None:
+    rng = np.random.default_rng(7)
+    weight, numbers = weight_of(rng, mx.float32, 8 * 24, 64, 0, bias=False)
+    x = normal(rng, mx.float32, 64)
+    scales = [mx.array(rng.standard_normal(24).astype(np.float32)) for _ in range(2)]
+    norms = tuple(Norm(scale=scale, eps=1e-2, rounded=rounded) for scale in scales)
+    form = Heads(num_heads=4, num_kv_heads=2, head_dim=24, inverse=mx.array([0.5, 0.25, 0.125]))
+    found = projected_heads(x, weight, form, mx.array([3], dtype=mx.int32), head_norms=norms)
+    heads = (numbers @ exact(x)).reshape(8, 24)
+    heads[:6] /= np.sqrt((heads[:6] ** 2).mean(1, keepdims=True) + 1e-2)
+    heads[:4], heads[4:6] = heads[:4] * exact(scales[0]), heads[4:6] * exact(scales[1])
+    a, b, angle = heads[:6, :3].copy(), heads[:6, 3:6].copy(), 3 * np.array([0.5, 0.25, 0.125])
+    heads[:6, :3], heads[:6, 3:6] = a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)
+    for part, right in zip(found, np.split(heads.reshape(-1), [4 * 24, 6 * 24]), strict=True):
+        assert error(part, right) < 1e-5
+
+
 ATTENTION = {
     "64 wide": {},
     "float16": {"dtype": mx.float16},
@@ -175,8 +206,9 @@ def test_the_text_holds_to_metals_address_spaces(metal: Any) -> None:
     position = mx.array([3], dtype=mx.int32)
     product(x, weight, norm=norm, activation="silu", gated=True)
     projected_heads(x, weight, Heads(num_heads=1, num_kv_heads=1, head_dim=64, inverse=mx.ones((32,))), position)
+    projected_heads(x, weight, Heads(num_heads=1, num_kv_heads=1, head_dim=64), position, head_norms=(norm, norm))
     keys = mx.zeros((1, 1, 4096, 64), dtype=mx.bfloat16)
     attend(x, keys, keys, position, scale=1.0, softcap=2.0)
-    assert len(metal.kernels) == 4
+    assert len(metal.kernels) == 6
     for text in metal.kernels.values():
         assert compiler.check_address_spaces(text) == ""

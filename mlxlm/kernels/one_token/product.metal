@@ -1,27 +1,8 @@
-// A vector times a weight, two of its rows a simdgroup: before it the norm, after it what follows. No threadgroup
-// memory and no barriers: the vector is short and stays in the cache nearest to the cores.
+// A vector times a weight, two of its rows a simdgroup: before it the norm, after it what follows. Where the vector is
+// normed or the weight quantized, and it fits, a threadgroup prepares it once in threadgroup memory (STAGED).
 const int lane = int(thread_index_in_simdgroup);
-const int slot = int(threadgroup_position_in_grid.x) * SIMDGROUPS + int(simdgroup_index_in_threadgroup);
-if (slot >= OUTPUTS / 2) return;
-
-#if HAS_HEADS
-const int head = slot / (HEAD_DIM / 2);
-const int pair = slot % (HEAD_DIM / 2);
-#if INTERLEAVED
-const int first = head * HEAD_DIM + 2 * pair;
-const int second = first + 1;
-#else
-const bool apart = pair < ROTATED / 2;  // turned features stand half of their number apart, the others side by side
-const int first = head * HEAD_DIM + (apart ? pair : 2 * pair);
-const int second = first + (apart ? ROTATED / 2 : 1);
-#endif
-#elif GATED
-const int first = slot;
-const int second = slot + OUTPUTS / 2;
-#else
-const int first = 2 * slot;
-const int second = first + 1;
-#endif
+const int simdgroup = int(simdgroup_index_in_threadgroup);
+const int slot = int(threadgroup_position_in_grid.x) * SIMDGROUPS + simdgroup;
 
 #if HAS_NORM
 float squares = 0.0f;
@@ -40,13 +21,58 @@ const float normalizer = rsqrt(simd_sum(squares) / float(INPUTS) + NORM_EPS);
 #define NORMED(value, k) (value)
 #endif
 
+#if BITS
+// Values of 4 or 8 bits, the lowest bits first: value = scale * number + bias, one of each for GROUP_SIZE numbers.
+constexpr int VALUES = 128 / BITS;  // numbers that a lane reads at once
+constexpr int PACKED = 32 / BITS;
+#else
+constexpr int VALUES = CHUNK;
+#endif
+constexpr int SPAN = 32 * VALUES;  // and the simdgroup
+
+#if STAGED
+// Lanes read VALUES neighbours each, chunk by chunk: the chunks that they read at the same time stand side by side.
+threadgroup Chunk staged[(INPUTS + SPAN - 1) / SPAN * SPAN / CHUNK];
+for (int k = (simdgroup * 32 + lane) * CHUNK; k < INPUTS; k += 32 * SIMDGROUPS * CHUNK) {
+  Chunk chunk = *(const device Chunk*)(x + k);
+#if HAS_NORM
+  UNROLL
+  for (int e = 0; e < CHUNK; ++e) chunk.elements[e] = element_t(NORMED(float(chunk.elements[e]), k + e));
+#endif
+  staged[(k / SPAN * SPAN + k % VALUES / CHUNK * 32 * CHUNK) / CHUNK + k % SPAN / VALUES] = chunk;
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+#define PREPARED(k, c) staged[(k) / SPAN * (SPAN / CHUNK) + (c) * 32 + lane]
+#define VALUE(value, k) (value)
+#else
+#define PREPARED(k, c) *(const device Chunk*)(x + (k) + (c) * CHUNK)
+#define VALUE(value, k) NORMED(value, k)
+#endif
+if (slot >= (OUTPUTS + 1) / 2) return;
+
+#if HAS_HEADS
+const int head = slot / (HEAD_DIM / 2);
+const int pair = slot % (HEAD_DIM / 2);
+#if INTERLEAVED
+const int first = head * HEAD_DIM + 2 * pair;
+const int second = first + 1;
+#else
+const bool apart = pair < ROTATED / 2;  // turned features stand half of their number apart, the others side by side
+const int first = head * HEAD_DIM + (apart ? pair : 2 * pair);
+const int second = first + (apart ? ROTATED / 2 : 1);
+#endif
+#elif GATED
+const int first = slot;
+const int second = slot + OUTPUTS / 2;
+#else
+const int first = 2 * slot;
+const int second = min(first + 1, OUTPUTS - 1);  // the last row twice where their number is odd
+#endif
+
 float sum = 0.0f;
 float other_sum = 0.0f;
 #if BITS
-// Values of 4 or 8 bits, the lowest bits first: value = scale * number + bias, one of each for GROUP_SIZE numbers.
-constexpr int VALUES = 128 / BITS;
-constexpr int PACKED = 32 / BITS;
-for (int k = lane * VALUES; k < INPUTS; k += 32 * VALUES) {
+for (int k = lane * VALUES; k < INPUTS; k += SPAN) {
   const int64_t place = int64_t(first) * INPUTS + k;
   const int64_t other_place = int64_t(second) * INPUTS + k;
   const Words numbers = *(const device Words*)(weight + place / PACKED);
@@ -56,14 +82,14 @@ for (int k = lane * VALUES; k < INPUTS; k += 32 * VALUES) {
   float other_products = 0.0f;
   UNROLL
   for (int c = 0; c < VALUES / CHUNK; ++c) {
-    const Chunk chunk = *(const device Chunk*)(x + k + c * CHUNK);
+    const Chunk chunk = PREPARED(k, c);
     UNROLL
     for (int e = 0; e < CHUNK; ++e) {
       const int i = c * CHUNK + e;
-      const float value = NORMED(float(chunk.elements[e]), k + i);
+      const float value = VALUE(float(chunk.elements[e]), k + i);
       values += value;
-      products += value * float((numbers.words[i / PACKED] >> (i % PACKED * BITS)) & uint((1 << BITS) - 1));
-      other_products += value * float((other_numbers.words[i / PACKED] >> (i % PACKED * BITS)) & uint((1 << BITS) - 1));
+      products += value * number(numbers.words[i / PACKED] >> (i % PACKED * BITS));
+      other_products += value * number(other_numbers.words[i / PACKED] >> (i % PACKED * BITS));
     }
   }
   sum += float(scales[place / GROUP_SIZE]) * products + float(biases[place / GROUP_SIZE]) * values;
@@ -73,13 +99,13 @@ for (int k = lane * VALUES; k < INPUTS; k += 32 * VALUES) {
 #else
 const int64_t row = int64_t(first) * INPUTS;
 const int64_t other_row = int64_t(second) * INPUTS;
-for (int k = lane * CHUNK; k < INPUTS; k += 32 * CHUNK) {
+for (int k = lane * CHUNK; k < INPUTS; k += SPAN) {
   const Chunk factors = *(const device Chunk*)(weight + row + k);
   const Chunk other_factors = *(const device Chunk*)(weight + other_row + k);
-  const Chunk chunk = *(const device Chunk*)(x + k);
+  const Chunk chunk = PREPARED(k, 0);
   UNROLL
   for (int e = 0; e < CHUNK; ++e) {
-    const float value = NORMED(float(chunk.elements[e]), k + e);
+    const float value = VALUE(float(chunk.elements[e]), k + e);
     sum += value * float(factors.elements[e]);
     other_sum += value * float(other_factors.elements[e]);
   }

@@ -8,8 +8,10 @@ import mlx.core as mx
 
 from mlxlm.kernels.one_token.source import Constants, chunk, kernel
 
-# Simdgroups of a threadgroup: nothing is shared between them, so this only sets how evenly the rows are spread.
-_SIMDGROUPS = 4
+# Simdgroups of a threadgroup: more where they share what is prepared in threadgroup memory, of which all GPUs have
+# that many bytes.
+_SIMDGROUPS, _SIMDGROUPS_STAGED = 4, 8
+_THREADGROUP_BYTES = 32768
 
 # MLX hands smaller arrays to a Metal kernel in another address space.
 _LEAST_ELEMENTS = 8
@@ -59,8 +61,8 @@ class Weight:
         if self.bits not in (0, 4, 8) or (self.bits and (self.biases is None or self.group_size < 128 // self.bits)):
             return f"weights of {self.bits} bits in groups of {self.group_size} have no kernel"
         step = 128 // self.bits if self.bits else chunk(dtype)
-        if outputs % 2 or inputs % step:
-            return f"a weight of {outputs} x {inputs} is not a multiple of 2 x {step}"
+        if inputs % step:
+            return f"a weight of {outputs} x {inputs} has rows that are not a multiple of {step}"
         return ""
 
     def parts(self) -> dict[str, mx.array]:
@@ -121,24 +123,44 @@ def product(
 
 
 def projected_heads(
-    x: mx.array, weight: Weight, heads: Heads, position: mx.array, *, norm: Norm | None = None
+    x: mx.array,
+    weight: Weight,
+    heads: Heads,
+    position: mx.array,
+    *,
+    norm: Norm | None = None,
+    head_norms: tuple[Norm, Norm] | None = None,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Queries (H * D,), keys and values (Hkv * D,) of x (inputs,); queries and keys are turned by position, (1,) int32.
 
-    weight: (num_heads + 2 num_kv_heads) * head_dim rows.
+    weight: (num_heads + 2 num_kv_heads) * head_dim rows.  head_norms: over each query's and each key's features, of one
+    kind, before they are turned; in a kernel of its own.
     """
     rotated = 0 if heads.inverse is None else 2 * heads.inverse.size
-    constants: Constants = (
-        ("GATED", 0), ("HAS_HEADS", 1), ("HEAD_DIM", heads.head_dim), ("QUERY_HEADS", heads.num_heads),
-        ("KEY_HEADS", heads.num_kv_heads), ("ROTATED", rotated), ("INTERLEAVED", int(heads.interleaved)),
-    )  # fmt: skip
     inverse = mx.zeros((0,)) if heads.inverse is None else heads.inverse
     if inverse.size < _LEAST_ELEMENTS:
         inverse = mx.concatenate([inverse, mx.zeros((_LEAST_ELEMENTS - inverse.size,))])
-    more = {"position": position, "inverse": inverse}
+    constants: Constants = (
+        ("HEAD_DIM", heads.head_dim), ("QUERY_HEADS", heads.num_heads), ("KEY_HEADS", heads.num_kv_heads),
+        ("ROTATED", rotated), ("INTERLEAVED", int(heads.interleaved)),
+    )  # fmt: skip
+    placed = {"position": position, "inverse": inverse}
     width = heads.num_kv_heads * heads.head_dim
-    found = _launch(
-        x, weight, norm, constants, more, {"query": heads.num_heads * heads.head_dim, "key": width, "value": width}
+    sizes = {"query": heads.num_heads * heads.head_dim, "key": width, "value": width}
+    if head_norms is None:
+        own = (("GATED", 0), ("HAS_HEADS", 1), *constants)
+        found = _launch(x, weight, norm, own, placed, sizes)
+        return found[0], found[1], found[2]
+    of_query, of_key = head_norms
+    inputs = {"heads": product(x, weight, norm=norm), "query_norm": of_query.scale, "key_norm": of_key.scale, **placed}
+    own = (("SIMDGROUPS", _SIMDGROUPS), ("NORM_EPS", float(of_query.eps)), ("NORM_ROUNDED", int(of_query.rounded)))
+    threadgroups = -(-(heads.num_heads + 2 * heads.num_kv_heads) // _SIMDGROUPS)
+    found = kernel("turn", x.dtype, (*own, *constants), tuple(inputs), tuple(sizes))(
+        inputs=list(inputs.values()),
+        output_shapes=[(size,) for size in sizes.values()],
+        output_dtypes=[x.dtype] * len(sizes),
+        grid=(threadgroups * 32 * _SIMDGROUPS, 1, 1),
+        threadgroup=(32 * _SIMDGROUPS, 1, 1),
     )
     return found[0], found[1], found[2]
 
@@ -153,19 +175,23 @@ def _launch(
 ) -> list[mx.array]:
     rows, inputs = weight.shape
     parts = {"x": x, **weight.parts(), **more}
+    span = 32 * (128 // weight.bits if weight.bits else chunk(x.dtype))
+    fits = -(-inputs // span) * span * x.dtype.size <= _THREADGROUP_BYTES
+    staged = fits and bool(weight.bits or norm is not None)
+    simdgroups = _SIMDGROUPS_STAGED if staged else _SIMDGROUPS
     own: list[tuple[str, int | float | str]] = [
-        ("INPUTS", inputs), ("OUTPUTS", rows), ("SIMDGROUPS", _SIMDGROUPS), ("BITS", weight.bits),
+        ("INPUTS", inputs), ("OUTPUTS", rows), ("SIMDGROUPS", simdgroups), ("STAGED", int(staged)), ("BITS", weight.bits),
         ("GROUP_SIZE", weight.group_size), ("HAS_BIAS", int(weight.bias is not None)), ("HAS_NORM", int(norm is not None)),
     ]  # fmt: skip
     if norm is not None:
         parts["norm"] = norm.scale
         own += [("NORM_EPS", float(norm.eps)), ("NORM_ROUNDED", int(norm.rounded))]
     run = kernel("product", x.dtype, (*own, *constants), tuple(parts), tuple(outputs))
-    threadgroups = -(-rows // (2 * _SIMDGROUPS))
+    threadgroups = -(-(-(-rows // 2)) // simdgroups)
     return run(
         inputs=list(parts.values()),
         output_shapes=[(size,) for size in outputs.values()],
         output_dtypes=[x.dtype] * len(outputs),
-        grid=(threadgroups * 32 * _SIMDGROUPS, 1, 1),
-        threadgroup=(32 * _SIMDGROUPS, 1, 1),
+        grid=(threadgroups * 32 * simdgroups, 1, 1),
+        threadgroup=(32 * simdgroups, 1, 1),
     )

@@ -30,6 +30,8 @@ __device__ __forceinline__ float simd_sum(float x) {
   for (int mask = 16; mask; mask /= 2) x += simd_shuffle_xor(x, ushort(mask));
   return x;
 }
+template <typename To, typename From>
+__device__ __forceinline__ To as_type(From x) { return __uint_as_float(x); }
 namespace precise {
 __device__ __forceinline__ float cos(float x) { return ::cosf(x); }
 __device__ __forceinline__ float sin(float x) { return ::sinf(x); }
@@ -78,6 +80,8 @@ def text(name: str, dtype: mx.Dtype, constants: Constants, *, cuda: bool) -> tup
     lines = [_CUDA_WORDS if cuda else '#define UNROLL _Pragma("clang loop unroll(full)")']
     lines.append(f"typedef {(_CUDA_TYPES if cuda else _METAL_TYPES)[dtype]} element_t;")
     lines.append(f"#define CHUNK {chunk(dtype)}")
+    if "BITS" not in dict(constants):
+        lines.append("#define BITS 0")
     functions = []
     for key, value in constants:
         if isinstance(value, str):

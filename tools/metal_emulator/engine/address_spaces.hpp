@@ -62,6 +62,7 @@ bool isinf(float);
 namespace fast { float exp2(float); }
 namespace precise { float tanh(float); float cos(float); float sin(float); }
 template <typename T> T simd_shuffle_xor(T, ushort);
+template <typename To, typename From> To as_type(From);
 template <typename T> T simd_sum(T);
 template <typename T> T simd_max(T);
 template <typename T> T simd_min(T);

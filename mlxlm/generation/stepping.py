@@ -34,7 +34,8 @@ class Stepping:
     """How decoding steps run; results are the same.
 
     joined: projections that read the same input as one product.  compiled: "no", "pieces" (all between attention and
-    attention), "whole", or "fused": kernels for one token where the model and its cache have them, pieces elsewhere.  ahead: steps launched before a token is read, at least 1.
+    attention), "whole", or "fused": kernels for one token where the model and its cache have them, pieces elsewhere.
+    ahead: steps launched before a token is read, at least 1.
     """
 
     joined: bool = True
@@ -66,9 +67,13 @@ class Stepping:
 
 
 # On the CPU compiled kernels start a C++ compiler, about a second each, and gain nothing. On GPUs building the graph of
-# a step takes as long as running it (tools/benchmarks/LOG.md), and pieces take half of that away.
-_ON_GPU = Stepping(compiled="pieces", ahead=2)
-_DEFAULTS = {"cpu": Stepping(), "cuda": _ON_GPU, "metal": _ON_GPU}
+# a step takes as long as running it (tools/benchmarks/LOG.md), and pieces take half of that away. Fused steps were
+# measured on CUDA only; on Metal their kernels were only emulated, so there they are a choice.
+_DEFAULTS = {
+    "cpu": Stepping(),
+    "cuda": Stepping(compiled="fused", ahead=2),
+    "metal": Stepping(compiled="pieces", ahead=2),
+}
 
 
 def default_stepping() -> Stepping:

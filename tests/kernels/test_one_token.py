@@ -58,7 +58,7 @@ def weight_of(
     return Weight(weight=packed, scales=scales, biases=biases, bias=shift, bits=bits, group_size=32), exact(numbers)
 
 
-@pytest.mark.parametrize("bits", (0, 4, 8))
+@pytest.mark.parametrize("bits", [0, 4, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_a_product_with_all_that_goes_around_it(dtype: mx.Dtype, bits: int) -> None:
     rng = np.random.default_rng(bits)
@@ -71,8 +71,8 @@ def test_a_product_with_all_that_goes_around_it(dtype: mx.Dtype, bits: int) -> N
     assert error(found, inner / (1 + np.exp(-inner)) + exact(added)) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("bits", (0, 4))
-@pytest.mark.parametrize("normed", (False, True), ids=("plain", "normed"))
+@pytest.mark.parametrize("bits", [0, 4])
+@pytest.mark.parametrize("normed", [False, True], ids=("plain", "normed"))
 def test_a_vector_that_is_too_long_for_threadgroup_memory(bits: int, normed: bool) -> None:
     rng = np.random.default_rng(6)
     x = normal(rng, mx.float32, 8224)
@@ -82,7 +82,7 @@ def test_a_vector_that_is_too_long_for_threadgroup_memory(bits: int, normed: boo
     assert error(product(x, weight, norm=norm), numbers @ exact(x) * scale) < 1e-5
 
 
-@pytest.mark.parametrize("bits", (0, 4))
+@pytest.mark.parametrize("bits", [0, 4])
 def test_a_gate_and_what_it_lets_through(bits: int) -> None:
     rng = np.random.default_rng(1)
     weight, numbers = weight_of(rng, mx.float32, 60, 64, bits, bias=False)
@@ -105,7 +105,7 @@ def test_activations_are_those_of_the_layers(activation: str) -> None:
     assert error(product(x, weight, activation=activation), exact(right)) < 1e-5
 
 
-@pytest.mark.parametrize("rounded", (True, False), ids=("rounded", "one rounding"))
+@pytest.mark.parametrize("rounded", [True, False], ids=("rounded", "one rounding"))
 def test_the_norm_rounds_where_the_layer_does(rounded: bool) -> None:
     rng = np.random.default_rng(3)
     x, scale = normal(rng, mx.bfloat16, 256), normal(rng, mx.bfloat16, 256).astype(mx.float32)
@@ -118,8 +118,8 @@ def test_the_norm_rounds_where_the_layer_does(rounded: bool) -> None:
     assert (found == right).mean().item() > 0.99  # a sum in another order may move one to the next number
 
 
-@pytest.mark.parametrize("interleaved", (False, True), ids=("half", "interleaved"))
-@pytest.mark.parametrize("rotated", (0, 32, 64))
+@pytest.mark.parametrize("interleaved", [False, True], ids=("half", "interleaved"))
+@pytest.mark.parametrize("rotated", [0, 32, 64])
 def test_heads_turned_by_their_position(rotated: int, interleaved: bool) -> None:
     rng = np.random.default_rng(rotated)
     heads, kv_heads, dim, place = 6, 2, 64, 1234
@@ -141,7 +141,7 @@ def test_heads_turned_by_their_position(rotated: int, interleaved: bool) -> None
         assert error(part, right) < 1e-4  # the angle itself is a float32 product
 
 
-@pytest.mark.parametrize("rounded", (True, False), ids=("rounded", "one rounding"))
+@pytest.mark.parametrize("rounded", [True, False], ids=("rounded", "one rounding"))
 def test_heads_normed_before_they_are_turned(rounded: bool) -> None:
     rng = np.random.default_rng(7)
     weight, numbers = weight_of(rng, mx.float32, 8 * 24, 64, 0, bias=False)

@@ -180,14 +180,15 @@ def _launch(
     staged = fits and bool(weight.bits or norm is not None)
     simdgroups = _SIMDGROUPS_STAGED if staged else _SIMDGROUPS
     own: list[tuple[str, int | float | str]] = [
-        ("INPUTS", inputs), ("OUTPUTS", rows), ("SIMDGROUPS", simdgroups), ("STAGED", int(staged)), ("BITS", weight.bits),
-        ("GROUP_SIZE", weight.group_size), ("HAS_BIAS", int(weight.bias is not None)), ("HAS_NORM", int(norm is not None)),
+        ("INPUTS", inputs), ("OUTPUTS", rows), ("SIMDGROUPS", simdgroups), ("STAGED", int(staged)),
+        ("BITS", weight.bits), ("GROUP_SIZE", weight.group_size),
+        ("HAS_BIAS", int(weight.bias is not None)), ("HAS_NORM", int(norm is not None)),
     ]  # fmt: skip
     if norm is not None:
         parts["norm"] = norm.scale
         own += [("NORM_EPS", float(norm.eps)), ("NORM_ROUNDED", int(norm.rounded))]
     run = kernel("product", x.dtype, (*own, *constants), tuple(parts), tuple(outputs))
-    threadgroups = -(-(-(-rows // 2)) // simdgroups)
+    threadgroups = -(-rows // (2 * simdgroups))
     return run(
         inputs=list(parts.values()),
         output_shapes=[(size,) for size in outputs.values()],

@@ -25,7 +25,9 @@ typedef unsigned short ushort;
 #define METAL_FUNC __device__ __forceinline__
 #define UNROLL _Pragma("unroll")
 #define threadgroup_barrier(flags) __syncthreads()
-__device__ __forceinline__ float simd_shuffle_xor(float x, ushort mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+__device__ __forceinline__ float simd_shuffle_xor(float x, ushort mask) {
+  return __shfl_xor_sync(0xffffffffu, x, mask);
+}
 __device__ __forceinline__ float simd_sum(float x) {
   for (int mask = 16; mask; mask /= 2) x += simd_shuffle_xor(x, ushort(mask));
   return x;

@@ -18,7 +18,7 @@ from mlxlm.kernels.one_token import Heads, Norm, Weight
 from mlxlm.layers import Block, Cache, KeyValueCache, TokenPositions
 from mlxlm.layers.cache_storage import FloatStorage
 from mlxlm.layers.joined import JoinedLinear
-from mlxlm.layers.norms import OffsetRMSNorm
+from mlxlm.layers.norms import OffsetRMSNorm, RMSNorm
 from mlxlm.layers.positions import AttentionPositions, Rotary
 from mlxlm.models import LanguageModelHeadSpec
 
@@ -143,7 +143,7 @@ def _norm_in(residual: nn.Module, dtype: mx.Dtype) -> Norm:
 def _rms_norm(norm: nn.Module, dtype: mx.Dtype) -> Norm:
     if type(norm) is OffsetRMSNorm:
         return Norm(scale=norm.weight.astype(mx.float32) + norm.spec.offset, eps=norm.spec.eps, rounded=False)
-    if type(norm) is not nn.RMSNorm or norm.weight.dtype != dtype:
+    if type(norm) is not RMSNorm or norm.weight.dtype != dtype:
         raise Unserved("a norm is not RMSNorm in the dtype of the weights")
     return Norm(scale=norm.weight.astype(mx.float32), eps=norm.eps)
 

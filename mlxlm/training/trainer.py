@@ -92,6 +92,15 @@ class _Clock:
         return max(seconds, 1e-9)
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """A step that is a graph so far, the position of the source after its batches, and the tokens in them."""
+
+    outcome: Outcome
+    position: Any
+    tokens: int
+
+
 class Trainer:
     """Trains what is trainable in a model.
 
@@ -225,29 +234,31 @@ class Trainer:
 
     def _loop(self, last: int) -> str:
         settings, progress = self.settings, self.progress
-        if self._evaluation_due() and progress.evaluated != progress.step and self._evaluate():
+        if self._evaluation_due(progress.step) and progress.evaluated != progress.step and self._evaluate():
             return "early"
-        batches = self._fetch()
+        batches, ahead = self._fetch(), None
         while progress.step < min(last, settings.steps):
             if not batches:
                 if progress.step == 0:
                     raise DataError("the data has no batch to train on")
                 return "data"
-            # The source is now at the end of these batches; the next ones are fetched before the step is over.
-            position, tokens = self.source.state(), _tokens(batches)
-            outcome = self.step(batches, settings.rate(progress.step))
+            begun = self._begin(batches, progress.step) if ahead is None else ahead
             with self.communicator.waiting(f"step {progress.step + 1}"):
-                mx.async_eval(self.step.state, outcome.loss, outcome.count, outcome.norm, outcome.valid)
-            # The next batches are made while the device works.
+                mx.async_eval(self.step.state, vars(begun.outcome))
+            # The next batches are made while the device works, and where nothing needs the weights of this step,
+            # the graph of the next step too.
             batches = self._fetch() if progress.step + 1 < settings.steps else []
+            ahead = self._begin(batches, progress.step + 1) if batches and self._goes_on(last) else None
             with self.communicator.waiting(f"step {progress.step + 1}"):
-                self.step.evaluate_state()
-            tokens = self.communicator.total(tokens)
-            self._position = position
-            self._take_in(outcome, tokens)
+                self.step.evaluate_state() if ahead is None else mx.eval(vars(begun.outcome))
+            tokens = self.communicator.total(begun.tokens)
+            self._position = begun.position
+            self._take_in(begun.outcome, tokens)
             if settings.report_every and progress.step % settings.report_every == 0:
                 self._tell_interval()
-            stop = self._evaluation_due() and self._evaluate()
+            if ahead is not None:
+                continue
+            stop = self._evaluation_due(progress.step) and self._evaluate()
             if settings.save_every and progress.step % settings.save_every == 0:
                 self._save()
             stopped_by = self._signal()
@@ -257,9 +268,25 @@ class Trainer:
                 return "early"
         return "done" if progress.step >= settings.steps else "until"
 
-    def _evaluation_due(self) -> bool:
-        every, step = self.settings.evaluate_every, self.progress.step
-        return self.valid is not None and bool(every) and step > 0 and step % every == 0
+    def _begin(self, batches: list[Batch], number: int) -> _Begun:
+        """The step after so many others. The source is at the end of its batches then."""
+        return _Begun(self.step(batches, self.settings.rate(number)), self.source.state(), _tokens(batches))
+
+    def _goes_on(self, last: int) -> bool:
+        """Whether the next step follows this one, and nothing between them needs the weights after this one."""
+        settings, number = self.settings, self.progress.step + 1
+        return (
+            self.step.compiled
+            and settings.accumulation == 1
+            and number < min(last, settings.steps)
+            and not self._evaluation_due(number)
+            and not (settings.save_every and number % settings.save_every == 0)
+            and self._signal() is None
+        )
+
+    def _evaluation_due(self, number: int) -> bool:
+        every = self.settings.evaluate_every
+        return self.valid is not None and bool(every) and number > 0 and number % every == 0
 
     def _fetch(self) -> list[Batch]:
         """The batches of one update; fewer than asked for at the end of the data, so that none is left out."""

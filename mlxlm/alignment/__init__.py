@@ -7,8 +7,9 @@ print(outcome.before["accuracy"], outcome.after["accuracy"])
 Losses by themselves are in `preferences` and `policies`; every method goes with every method of fine-tuning.
 """
 
+from mlxlm.alignment.preparation import align, prepare
 from mlxlm.alignment.rewards import Answered, Reward, RewardModel, reward_of
-from mlxlm.alignment.run import Outcome, Run, align, prepare
+from mlxlm.alignment.run import Outcome, Run
 from mlxlm.alignment.settings import METHODS, AlignSettings
 
 __all__ = [

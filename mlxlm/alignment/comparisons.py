@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,10 +38,23 @@ class Comparison(Example):
     reference: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True)
+class Lost:
+    """What became of rows.  report: of their answers.  same: rows of which two answers have the same tokens."""
+
+    report: Report
+    same: int
+
+    def __str__(self) -> str:
+        same = f", {self.same} rows left out, as answers of theirs are the same" if self.same else ""
+        return f"{self.report}{same}"
+
+
 def comparisons(
     rows: Rows, tokenizer: Tokenizer, encoding: Encoding, *, rewards: bool
-) -> tuple[list[Comparison], Report]:
-    """The comparisons of rows, and what became of their answers. A row that lost one of them is left out.
+) -> tuple[list[Comparison], Lost]:
+    """The comparisons of rows, and what became of their answers. A row that lost one of them is left out, and so is one
+    of which two answers are the same, as they are or after they were cut: one can't be better than itself.
 
     rewards: the answers are for a model that gives a reward to each as a whole.
     Raises DataError for rows of another format.
@@ -52,7 +65,7 @@ def comparisons(
         # A reward stands at the last token, and everything before it is read.
         example = replace(example, scored=[False] * len(example.tokens), label=0) if rewards else example
         by_row.setdefault(example.where.rpartition(", answer ")[0], []).append(example)
-    made = []
+    made, same = [], 0
     for where, row in rows.rows:
         answers, count = by_row.get(where, []), len(_answers(rows.format, row))
         if len(answers) != count:
@@ -60,12 +73,16 @@ def comparisons(
         if rows.format == "completion":
             made.append(_joined(answers, where, desirable=row["label"]))
             continue
+        if len({tuple(answer.tokens) for answer in answers}) < count:
+            same += 1
+            continue
         pairs = ranked_pairs(range(count, 0, -1))
         margin = row.get("margin", 0.0)
         made.append(_joined(answers, where, pairs=tuple(pairs), margins=(float(margin),) * len(pairs)))
+    lost = Lost(report, same)
     if not made:
-        raise DataError(f"{rows.name}: no row has all of its answers left ({report})")
-    return (_with_others(made) if rows.format == "completion" else made), report
+        raise DataError(f"{rows.name}: no row has all of its answers left ({lost})")
+    return (_with_others(made) if rows.format == "completion" else made), lost
 
 
 def _answers(form: str, row: dict) -> list[str]:
@@ -126,11 +143,26 @@ class ComparisonSource(SupervisedSource):
     better, worse (P,): numbers of answers.  margins, pair_weights (P,): each comparison's pairs weigh 1 together.
     comparisons (B,): ones.  desirable (B,), with single answers; these come first, then those of other prompts.
     reference (N,), where it is known.
+
+    share: (index, size): every size-th comparison of each batch, from the index on. A process without one in a batch
+    has another's that counts for nothing: comparisons and pair_weights are 0.
     """
+
+    def __init__(
+        self, examples: Sequence[Comparison], batch_size: int, *, share: tuple[int, int] = (0, 1), **options: Any
+    ):
+        super().__init__(examples, batch_size, **options)
+        self.share = share
 
     def batch(self, examples: Sequence[Example]) -> Batch:
         """See the class."""
-        return comparison_batch(examples, self.max_length, self.multiple)  # type: ignore[arg-type]
+        index, size = self.share
+        mine: Sequence[Comparison] = examples[index::size]  # type: ignore[assignment]
+        if mine:
+            return comparison_batch(mine, self.max_length, self.multiple)
+        batch = comparison_batch(examples[-1:], self.max_length, self.multiple)  # type: ignore[arg-type]
+        nothing = {name: np.zeros_like(batch[name]) for name in ("comparisons", "pair_weights") if name in batch}
+        return {**batch, **nothing}
 
 
 def comparison_batch(given: Sequence[Comparison], max_length: int, multiple: int = 32) -> Batch:

@@ -57,7 +57,11 @@ def clipped_value_losses(values: mx.array, old: mx.array, returns: mx.array, *, 
 
 
 def summed(
-    losses: mx.array, mask: mx.array, normalisation: Normalisation, length: int | None = None
+    losses: mx.array,
+    mask: mx.array,
+    normalisation: Normalisation,
+    length: int | None = None,
+    answers: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """A sum of the losses of tokens (N, L), float32, and the number that it is to be divided by, int32: two scalars.
 
@@ -65,13 +69,14 @@ def summed(
     equation 3).  "token": the mean over all tokens (DAPO, arXiv:2503.14476, equation 8).  "constant": the mean over
     answers of each one's sum over `length`, the most tokens of an answer, so that no token counts less for standing in
     a long answer (Dr. GRPO, arXiv:2503.20783, section 3.2).
-    An answer without a token in the mask does not count, but with "constant" still does: its share is 0.
+    An answer without a token in the mask does not count, but with "constant" still does: its share is 0.  answers: how
+    many there are of these, default all rows.
     """
     losses = mx.where(mask, losses, 0.0)
     if normalisation == "token":
         return losses.sum(), mask.sum()
     if normalisation == "constant":
         assert length is not None
-        return losses.sum() / length, mx.array(mask.shape[0])
+        return losses.sum() / length, mx.array(mask.shape[0]) if answers is None else answers
     lengths = mask.sum(axis=1)
     return (losses.sum(axis=1) / mx.maximum(lengths, 1)).sum(), (lengths > 0).sum()

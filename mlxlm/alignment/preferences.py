@@ -6,7 +6,7 @@ logarithm; `reference_...` those of the model that training began with. Whoever 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -151,9 +151,19 @@ def kto_losses(
     return mx.where(desirable, good, bad)
 
 
-def kto_divergence(answers: mx.array, reference: mx.array) -> mx.array:
-    """max(0, mean of log(pi / ref)) over answers (N,) that belong to other prompts than those they are read after."""
-    return mx.maximum((answers - reference).mean(), 0)
+def kto_divergence(
+    answers: mx.array,
+    reference: mx.array,
+    counted: mx.array | None = None,
+    total: Callable[[mx.array], mx.array] = lambda array: array,
+) -> mx.array:
+    """max(0, mean of log(pi / ref)) over answers (N,) that belong to other prompts than those they are read after.
+
+    counted (N,): 0 for answers that don't count.  total: sums an array over the processes that have parts of a batch.
+    """
+    counted = mx.ones_like(answers) if counted is None else counted.astype(answers.dtype)
+    sums = total(mx.stack([((answers - reference) * counted).sum(), counted.sum()]))
+    return mx.maximum(sums[0] / mx.maximum(sums[1], 1), 0)
 
 
 def calibration_error(probabilities: np.ndarray, right: np.ndarray, bins: int = 10) -> float:

@@ -7,7 +7,7 @@ arrays that they had before are still there. An adapter that training goes on wi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,12 +18,14 @@ from mlx.utils import tree_flatten
 
 from mlxlm import peft
 from mlxlm.alignment.log_probabilities import answer_log_probabilities, with_places
+from mlxlm.alignment.spreading import spread
 from mlxlm.checkpoint import open_safetensors, save_safetensors
 from mlxlm.data import Example, pad_examples
 from mlxlm.errors import MlxlmError
 from mlxlm.training.finetune.answers import untouched_chance
 
 if TYPE_CHECKING:
+    from mlxlm.distributed import Joined
     from mlxlm.models import Transformer
 
 REFERENCE = "reference"  # name of the adapter that the reference has, where it has one
@@ -45,35 +47,54 @@ def reference(model: Transformer) -> Iterator[None]:
                 value_head.unfreeze()
 
 
-def log_probabilities(model: Transformer, answers: Sequence[Example], batch_size: int) -> np.ndarray:
-    """log p of each answer by the model as it is, (N,) float32, read in batches of like length."""
+def log_probabilities(
+    model: Transformer, answers: Sequence[Example], batch_size: int, told: Callable[[int], None] = lambda done: None
+) -> np.ndarray:
+    """log p of each answer by the model as it is, (N,) float32, read in batches of like length.
+
+    told: is given how many are done.
+    """
     found = np.zeros(len(answers), dtype=np.float32)
     order = sorted(range(len(answers)), key=lambda index: len(answers[index].tokens))
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         batch = with_places(pad_examples([answers[index] for index in part], 2**31 - 1))
         found[part] = np.array(answer_log_probabilities(model, {k: mx.array(v) for k, v in batch.items()}))
+        told(start + len(part))
     return found
 
 
 def reference_log_probabilities(
-    model: Transformer, answers: Sequence[Example], batch_size: int, folder: Path | None = None
+    model: Transformer,
+    answers: Sequence[Example],
+    batch_size: int,
+    joined: Joined,
+    folder: Path | None = None,
+    told: Callable[[int], None] = lambda done: None,
 ) -> np.ndarray:
-    """log p of each answer by the reference, (N,) float32.
+    """log p of each answer by the reference, (N,) float32. The processes of a run do a part each.
 
-    folder: where they are kept, in a file named by a fingerprint of the model and the answers, and looked up first.
+    folder: where they are kept, in a file named by a fingerprint of the model and the answers, and looked up first, by
+    the first process alone.  told: is given how many of this process's part are done.
     """
     with reference(model):
-        if folder is None:
-            return log_probabilities(model, answers, batch_size)
-        name = fingerprint(model, answers)
-        kept = _kept(folder / f"reference-{name}.safetensors", len(answers))
+        stem = "" if folder is None else f"reference-{fingerprint(model, answers)}"
+        kept = None
+        if folder is not None and joined.first:
+            kept = _kept(folder / f"{stem}.safetensors", len(answers))
+        kept = joined.world.share(None if kept is None else kept.tolist(), "the reference's log probabilities on disk")
         if kept is not None:
-            return kept
-        found = log_probabilities(model, answers, batch_size)
+            return np.array(kept, dtype=np.float32)
+
+        def work(block: range) -> list[float]:
+            return log_probabilities(model, answers[block.start : block.stop], batch_size, told).tolist()
+
+        every = spread(joined, len(answers), work, "the reference's log probabilities")
+        found = np.array(every, dtype=np.float32)
+    if folder is not None and joined.first:
         folder.mkdir(parents=True, exist_ok=True)
-        save_safetensors(folder, {"log_probabilities": mx.array(found)}, stem=f"reference-{name}")
-        return found
+        save_safetensors(folder, {"log_probabilities": mx.array(found)}, stem=stem)
+    return found
 
 
 def _kept(path: Path, count: int) -> np.ndarray | None:

@@ -10,36 +10,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
 import numpy as np
 
 from mlxlm.alignment import advantages as worth
-from mlxlm.alignment.log_probabilities import read, token_log_probabilities, with_places
+from mlxlm.alignment.answering import MULTIPLE, Prompt, answer, answered, example_of, scored
+from mlxlm.alignment.log_probabilities import with_places
 from mlxlm.alignment.reference import reference
-from mlxlm.alignment.rewards import Answered, Reward, checked
-from mlxlm.alignment.tasks import token_values
-from mlxlm.data import IGNORE, Batch, Example, Rows, SupervisedSource, encode_pieces, pad_examples
-from mlxlm.errors import DataError, PromptError
-from mlxlm.generation import Completion, Sampling, generate_tokens
-from mlxlm.training.finetune.answers import untouched_chance
+from mlxlm.alignment.rewards import Reward, checked
+from mlxlm.alignment.spreading import spread
+from mlxlm.data import IGNORE, Batch, SupervisedSource, pad_examples, share_rows
+from mlxlm.errors import DataError
 
 if TYPE_CHECKING:
     from mlxlm.alignment.settings import AlignSettings
+    from mlxlm.distributed import Joined
     from mlxlm.models import Transformer
     from mlxlm.tokenizers import Tokenizer
 
 _STEERING = 0.1  # share by which beta follows a divergence that is off its target (Ziegler et al. 2019, section 2.2)
 _LEAST_BETA = 1e-4
-_MULTIPLE = 8  # to which rows are padded: answers are often short
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt as text and as tokens, and the row that it comes from."""
-
-    text: str
-    tokens: tuple[int, ...]
-    row: dict[str, Any]
 
 
 @dataclass
@@ -61,83 +50,12 @@ class Rollout:
     returns: list[float] = field(default_factory=list)
 
 
-def encode_prompts(rows: Rows, tokenizer: Tokenizer, limit: int | None) -> list[Prompt]:
-    """The prompts of rows, as a chat where the tokenizer has a template. Raises PromptError for one above the limit."""
-    found = []
-    for where, row in rows.rows:
-        if not isinstance(row.get("prompt"), str):
-            raise DataError(f"{where}: the row has no 'prompt' to answer")
-        text = row["prompt"]
-        if tokenizer.chat_template is not None:
-            tokens = tokenizer.encode_chat([{"role": "user", "content": text}])
-        else:
-            tokens = encode_pieces(tokenizer, [(text, False)], add_special_tokens=True).tokens
-        if limit is not None and len(tokens) > limit:
-            raise PromptError(f"{where}: the prompt has {len(tokens)} tokens, and {limit} leave room for an answer")
-        found.append(Prompt(text, tuple(tokens), dict(row)))
-    return found
-
-
-def answer(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Prompt],
-    settings: AlignSettings,
-    seed: int,
-    samples: int = 1,
-    *,
-    greedy: bool = False,
-) -> list[Completion]:
-    """`samples` answers to each prompt, drawn from the model as it is, or the likeliest token each time."""
-    temperature = 0.0 if greedy else settings.temperature or 1.0
-    with untouched_chance(model):
-        return generate_tokens(
-            model, [prompt.tokens for prompt in prompts], max_tokens=settings.max_tokens, samples=samples,  # type: ignore[arg-type]
-            stop_tokens=tokenizer.stop_ids, sampling=Sampling(temperature=temperature, seed=seed),
-            words=min(tokenizer.vocab_size, model.config.embeddings.vocab_size),
-            batch_size=max(settings.tuning.batch_size, 16),
-        )  # fmt: skip
-
-
-def answered(tokenizer: Tokenizer, prompt: Prompt, completion: Completion) -> Answered:
-    """What a reward is told."""
-    return Answered(
-        prompt.text, tokenizer.decode(list(completion.answer)), prompt.row, len(completion.tokens),
-        completion.finish_reason == "stop",
-    )  # fmt: skip
-
-
-def scored(
-    model: Transformer, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], batch_size: int
-) -> list[tuple[list[float], list[float]]]:
-    """Of each answer the log probability of every token by the model as it is and, where it has a value head, what this
-    expects at each; in evaluation mode, in batches of like length.
-    """
-    found: list[Any] = [None] * len(answers)
-    order = sorted(range(len(answers)), key=lambda i: len(prompts[i]) + len(answers[i]))
-    with untouched_chance(model):
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            batch = with_places(pad_examples([_example(prompts[i], answers[i]) for i in part], 2**31 - 1, _MULTIPLE))
-            arrays = {name: mx.array(array) for name, array in batch.items()}
-            hidden = read(model, arrays)
-            log_p = np.array(token_log_probabilities(model, arrays, hidden))
-            values = np.array(token_values(model, hidden)) if "value_head" in model else None
-            for row, i in enumerate(part):
-                mine = slice(len(prompts[i]) - 1, len(prompts[i]) - 1 + len(answers[i]))
-                found[i] = (log_p[row, mine].tolist(), [] if values is None else values[row, mine].tolist())
-    return found
-
-
-def _example(prompt: Sequence[int], answer: Sequence[int]) -> Example:
-    return Example([*prompt, *answer], [False] * len(prompt) + [True] * len(answer))
-
-
 class RolloutSource:
     """Batches of rollouts, endless. A `BatchSource`.
 
     model: answers as it is whenever answers are needed.  prompts: taken in an order drawn anew for each pass over them.
-    texts: for PPO-ptx, an endless source of batches of words.
+    texts: for PPO-ptx, an endless source of batches of words.  joined: the processes that share prompts, and then the
+    rows of each batch; all of them know all answers.
 
     numbers: of the newest iteration: reward, kl (nats an answer, the sum over its tokens of log pi - log ref), length,
     finished, beta.
@@ -145,10 +63,10 @@ class RolloutSource:
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Prompt], reward: Reward,
-        settings: AlignSettings, texts: SupervisedSource | None = None,
+        settings: AlignSettings, joined: Joined, texts: SupervisedSource | None = None,
     ):  # fmt: skip
         self.model, self.tokenizer, self.prompts, self.reward = model, tokenizer, prompts, reward
-        self.settings, self.texts = settings, texts
+        self.settings, self.joined, self.texts = settings, joined, texts
         self.epoch, self.num_tokens = 0, 0
         self.iteration, self.beta, self._next_prompt, self._index = 0, float(settings.beta or 0.0), 0, 0
         self.rollouts: list[Rollout] = []
@@ -239,13 +157,17 @@ class RolloutSource:
 
     def _groups(self, chosen: list[int], size: int, round_number: int) -> list[list[Rollout]]:
         seed = int(np.random.default_rng((self.settings.tuning.seed, 7, self.iteration, round_number)).integers(2**62))
-        prompts = [self.prompts[i] for i in chosen]
-        completions = answer(self.model, self.tokenizer, prompts, self.settings, seed, size)
-        told = [answered(self.tokenizer, prompts[n // size], one) for n, one in enumerate(completions)]
-        made = [
-            Rollout(chosen[n // size], list(one.tokens), one.finish_reason == "stop", reward)
-            for n, (one, reward) in enumerate(zip(completions, checked(self.reward, told), strict=True))
-        ]
+
+        def work(block: range) -> list[tuple[list[int], bool, float]]:
+            prompts = [self.prompts[i] for i in chosen[block.start : block.stop]]
+            first = (seed + block.start * size) % 2**64  # each answer has a seed of its own
+            completions = answer(self.model, self.tokenizer, prompts, self.settings, first, size)
+            told = [answered(self.tokenizer, prompts[n // size], one) for n, one in enumerate(completions)]
+            rewards = checked(self.reward, told)
+            return [(list(c.tokens), one.finished, r) for c, one, r in zip(completions, told, rewards, strict=True)]
+
+        found = spread(self.joined, len(chosen), work, "answers")
+        made = [Rollout(chosen[n // size], *one) for n, one in enumerate(found)]
         return [made[at : at + size] for at in range(0, len(made), size)]
 
     def _tell(self, first: list[Rollout]) -> None:
@@ -258,12 +180,18 @@ class RolloutSource:
 
     def _score(self) -> None:
         """Log probabilities by the model that answered and by the reference, and beta for the next iteration."""
-        prompts = [self.prompts[one.prompt].tokens for one in self.rollouts]
-        answers, size = [one.tokens for one in self.rollouts], self.settings.tuning.batch_size
-        mine = scored(self.model, prompts, answers, size)
-        with reference(self.model):
-            theirs = scored(self.model, prompts, answers, size)
-        for one, (log_p, values), (log_ref, _) in zip(self.rollouts, mine, theirs, strict=True):
+
+        def work(block: range) -> list[tuple[list[float], list[float], list[float]]]:
+            part = self.rollouts[block.start : block.stop]
+            size = -(-self.settings.tuning.batch_size // self.joined.world.size)
+            prompts, answers = [self.prompts[one.prompt].tokens for one in part], [one.tokens for one in part]
+            mine = scored(self.model, prompts, answers, size)
+            with reference(self.model):
+                theirs = scored(self.model, prompts, answers, size)
+            return [(log_p, values, log_ref) for (log_p, values), (log_ref, _) in zip(mine, theirs, strict=True)]
+
+        found = spread(self.joined, len(self.rollouts), work, "log probabilities of answers")
+        for one, (log_p, values, log_ref) in zip(self.rollouts, found, strict=True):
             one.old, one.values, one.reference = log_p, values, log_ref
         kl = float(np.mean([sum(one.old) - sum(one.reference) for one in self.rollouts]))
         self.numbers = {**self.numbers, "kl": kl, "beta": self.beta}
@@ -309,14 +237,20 @@ class RolloutSource:
             n = len(one.tokens)
             one.advantages, one.returns = gains[row, :n].tolist(), returns[row, :n].tolist()
 
-    def _batch(self, chosen: Sequence[Rollout]) -> Batch:
-        """See `PolicyLoss`."""
+    def _batch(self, whole: Sequence[Rollout]) -> Batch:
+        """This process's share of a batch, see `PolicyLoss`. Without a row of its own it has one with nothing to learn
+        in it, so that it can take the step with all others.
+        """
+        index, size = self.joined.world.rank, self.joined.world.size
+        chosen = list(whole[index::size])
+        rows = len(chosen)
+        chosen = chosen or [whole[-1]]
         prompts = [self.prompts[one.prompt].tokens for one in chosen]
-        examples = [_example(prompt, one.tokens) for prompt, one in zip(prompts, chosen, strict=True)]
-        batch = with_places(pad_examples(examples, 2**31 - 1, _MULTIPLE))
-        batch["mask"] = batch["targets"] != IGNORE
-        if self.settings.overlong == "filter":
-            batch["mask"] &= np.array([one.finished for one in chosen])[:, None]
+        examples = [example_of(prompt, one.tokens) for prompt, one in zip(prompts, chosen, strict=True)]
+        batch = with_places(pad_examples(examples, 2**31 - 1, MULTIPLE))
+        batch["answers"] = np.array(rows, dtype=np.int32)
+        learned = [bool(rows) and self._learned(one) for one in chosen]
+        batch["mask"] = (batch["targets"] != IGNORE) & np.array(learned)[:, None]
         names = ["old", "advantages"]
         if self.settings.method == "ppo":
             names += ["values", "returns"]
@@ -328,35 +262,22 @@ class RolloutSource:
             for row, (prompt, one) in enumerate(zip(prompts, chosen, strict=True)):
                 table[row, len(prompt) - 1 : len(prompt) - 1 + len(one.tokens)] = getattr(one, name)
             batch["old_values" if name == "values" else name] = table
-        if self.texts is not None:
-            texts = self.texts.next()
-            assert texts is not None
-            batch |= {f"texts_{name}": array for name, array in with_places(texts).items()}
-        return batch
+        return batch if self.texts is None else {**batch, **self._texts(whole)}
 
+    def _learned(self, one: Rollout) -> bool:
+        """Whether anything is learned from an answer."""
+        return one.finished or self.settings.overlong != "filter"
 
-def measure_answers(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Prompt],
-    settings: AlignSettings,
-    reward: Reward | None,
-    seed: int = 0,
-) -> dict[str, float]:
-    """What one answer to each prompt comes to: reward (where there is one), kl from the reference in nats an answer,
-    length in tokens, and the share that is finished. The same seed draws the same answers from the same model.
-    """
-    completions = answer(model, tokenizer, prompts, settings, seed)
-    tokens, asked = [list(one.tokens) for one in completions], [prompt.tokens for prompt in prompts]
-    mine = scored(model, asked, tokens, settings.tuning.batch_size)
-    with reference(model):
-        theirs = scored(model, asked, tokens, settings.tuning.batch_size)
-    found = {
-        "kl": float(np.mean([sum(a) - sum(b) for (a, _), (b, _) in zip(mine, theirs, strict=True)])),
-        "length": float(np.mean([len(one) for one in tokens])),
-        "finished": float(np.mean([one.finish_reason == "stop" for one in completions])),
-    }
-    if reward is None:
-        return found
-    told = [answered(tokenizer, prompt, one) for prompt, one in zip(prompts, completions, strict=True)]
-    return {"reward": float(np.mean(checked(reward, told))), **found}
+    def _texts(self, whole: Sequence[Rollout]) -> Batch:
+        """This process's rows of the next texts, and what the sum of their losses is to be multiplied with so that,
+        divided by the number that losses of answers are divided by, it is the mean of all processes' texts.
+        """
+        assert self.texts is not None
+        texts = self.texts.next()
+        assert texts is not None
+        targets = max(int((texts["targets"] != IGNORE).sum()), 1)
+        learned = [one for one in whole if self._learned(one)]
+        counts = {"token": sum(len(one.tokens) for one in learned), "sequence": len(learned), "constant": len(whole)}
+        mine = share_rows(texts, self.joined.world.rank, self.joined.world.size)
+        share = np.array(counts[self.settings.normalisation or "token"] / targets, dtype=np.float32)
+        return {"texts_share": share} | {f"texts_{name}": array for name, array in with_places(mine).items()}

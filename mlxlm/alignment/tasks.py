@@ -6,7 +6,8 @@ gives to the answers, implicit ones where it has no head for them; the trainer a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Literal
 
 import mlx.core as mx
@@ -118,23 +119,28 @@ class PreferenceLoss(AnswerTask):
 
 @dataclass(frozen=True, kw_only=True)
 class DesirabilityLoss(AnswerTask):
-    """Single answers that are good or bad, see `preferences.kto_losses`."""
+    """Single answers that are good or bad, see `preferences.kto_losses`.
+
+    total: the sum over all processes of arrays of the same shape, where several have parts of a batch.
+    """
 
     beta: float
     desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
+    total: Callable[[mx.array], mx.array] = field(default=lambda array: array, repr=False, compare=False)
     needs_reference = True
 
     def read(self, model: Transformer, batch: Arrays) -> Read:
         """See `AnswerTask`; rewards are of the answers to their own prompts."""
-        count = batch["comparisons"].shape[0]
+        counted = batch["comparisons"]
+        count = counted.shape[0]
         answers, reference = answer_log_probabilities(model, batch), batch["reference"]
-        z = preferences.kto_divergence(mx.stop_gradient(answers[count:]), reference[count:])
+        z = preferences.kto_divergence(mx.stop_gradient(answers[count:]), reference[count:], counted, self.total)
         losses = preferences.kto_losses(
             answers[:count], reference[:count], batch["desirable"], z, beta=self.beta,
             desirable_weight=self.desirable_weight, undesirable_weight=self.undesirable_weight,
         )  # fmt: skip
-        return losses.sum(), batch["comparisons"].sum(), self.beta * (answers[:count] - reference[:count])
+        return (losses * counted).sum(), counted.sum(), self.beta * (answers[:count] - reference[:count])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,9 +152,10 @@ class PolicyLoss(AnswerTask):
     where the batch has returns.  pretraining_weight: of the mean loss of texts in the batch (PPO-ptx, Ouyang et al.
     2022, arXiv:2203.02155, equation 2).
 
-    Batches: tokens, targets, key_lengths and places as of `log_probabilities`; mask (N, L); old, advantages (N, L);
-    reference (N, L) and beta () for a divergence in the loss; old_values, returns (N, L) for values; texts_tokens,
-    texts_targets, texts_key_lengths, texts_places, texts_place_targets for texts.
+    Batches: tokens, targets, key_lengths and places as of `log_probabilities`; mask (N, L); answers (), their number,
+    0 for a row that fills up a process's share; old, advantages (N, L); reference (N, L) and beta () for a divergence
+    in the loss; old_values, returns (N, L) for values; texts_tokens, texts_targets, texts_key_lengths, texts_places,
+    texts_place_targets for texts, and texts_share (), the weight of the sum of their losses.
     """
 
     clip_low: float = 0.2
@@ -175,11 +182,10 @@ class PolicyLoss(AnswerTask):
                 values, batch["old_values"], batch["returns"], clip=self.value_clip
             )
             losses = losses + self.value_weight * of_values
-        total, count = policies.summed(losses, batch["mask"], self.normalisation, self.length)
+        total, count = policies.summed(losses, batch["mask"], self.normalisation, self.length, batch["answers"])
         if "texts_tokens" in batch:
             texts = {name.removeprefix("texts_"): array for name, array in batch.items() if name.startswith("texts_")}
-            mean = -token_log_probabilities(model, texts).sum() / mx.maximum((texts["targets"] != -100).sum(), 1)
-            total = total + self.pretraining_weight * count * mean
+            total = total - self.pretraining_weight * texts["share"] * token_log_probabilities(model, texts).sum()
         return total, count, batch["advantages"].mean(axis=1)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 # The verbs that can share their work, and what they are given when they are started again.
-SHARING = {"pretrain": ("--resume",), "finetune": ("--resume",), "generate": ()}
+SHARING = {"pretrain": ("--resume",), "finetune": ("--resume",), "align": ("--resume",), "generate": ()}
 
 
 def launch(

@@ -16,7 +16,7 @@ from mlxlm.data.building import build_store, prepare
 from mlxlm.data.jsonl import read_jsonl
 from mlxlm.data.mixture import Mixture
 from mlxlm.data.reader import TokenReader
-from mlxlm.data.share import ColumnShare, RowShare
+from mlxlm.data.share import ColumnShare, RowShare, share_rows
 from mlxlm.data.sources import Source, read_documents
 from mlxlm.data.store import TokenStore
 from mlxlm.data.supervised import TRUNCATIONS, Encoding, Example, Report, encode_rows, label_names
@@ -71,5 +71,6 @@ __all__ = [
     "read_split",
     "read_splits",
     "renaming",
+    "share_rows",
     "with_end",
 ]

@@ -60,11 +60,14 @@ class RowShare(_Share):
     """
 
     def _share(self, batch: Batch) -> Batch:
-        if self.index < batch["tokens"].shape[0]:
-            return {name: array[self.index :: self.size] for name, array in batch.items()}
-        return {
-            name: np.full_like(array[-1:], IGNORE) if name in TARGETS else array[-1:] for name, array in batch.items()
-        }
+        return share_rows(batch, self.index, self.size)
+
+
+def share_rows(batch: Batch, index: int, size: int) -> Batch:
+    """The rows index, index + size ... of a batch, or its last one with nothing to learn in it, see `RowShare`."""
+    if index < batch["tokens"].shape[0]:
+        return {name: array[index::size] for name, array in batch.items()}
+    return {name: np.full_like(array[-1:], IGNORE) if name in TARGETS else array[-1:] for name, array in batch.items()}
 
 
 class ColumnShare(_Share):

@@ -138,8 +138,13 @@ def _replace_own(model: Transformer, adapters: Adapters) -> None:
         for path, array in adapters.known[name].content.own.items():
             module, key = owner(model, path)
             original = adapters.originals.setdefault(path, module[key])
-            # Alone and whole it is the very array, so that training goes on with it.
-            module[key] = array if adapters.active == {name: 1.0} else module[key] + weight * (array - original)
+            if adapters.active == {name: 1.0}:
+                # Alone and whole it is the very array, so that training goes on with it; `_keep_own` takes back what
+                # comes of it, and nobody holds on to what it was.
+                module[key] = array
+                adapters.known[name].content.own[path] = original
+            else:
+                module[key] = module[key] + weight * (array - original)
 
 
 def _unfreeze(model: Transformer, content: Content) -> None:

@@ -13,7 +13,7 @@ WORDS = "the cat sat on a mat and saw that dogs run far away from home".split()
 
 def write(folder, **splits):
     """A data folder with the rows of each split."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, rows in splits.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

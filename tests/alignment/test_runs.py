@@ -17,10 +17,12 @@ from mlxlm.alignment.log_probabilities import answer_log_probabilities, with_pla
 from mlxlm.alignment.reference import fingerprint, log_probabilities, reference, reference_log_probabilities
 from mlxlm.alignment.rewards import score_answers
 from mlxlm.data import Example, pad_examples
+from mlxlm.distributed import Joined, Mesh, connect
 from mlxlm.errors import DataError, UsageError
 from mlxlm.training import MetricsFile, read_metrics
 from mlxlm.training.reporters import Reporter
 
+ALONE = Joined(connect(alone=True), Mesh())
 EXAMPLES = [
     Example([5, 9, 13, 7], [False, False, True, True]),
     Example([8, 21, 3, 11, 30, 2], [False, False, False, False, True, True]),
@@ -74,7 +76,7 @@ def test_the_reference_is_the_model_before_training(tiny, method):
     model.update(mlxlm_unflatten({name: array + 0.1 for name, array in trained.items()}))
     changed = log_probabilities(model, EXAMPLES, 3)
     assert np.abs(changed - before).max() > 1e-3
-    np.testing.assert_allclose(reference_log_probabilities(model, EXAMPLES, 3), before, atol=1e-5)
+    np.testing.assert_allclose(reference_log_probabilities(model, EXAMPLES, 3, ALONE), before, atol=1e-5)
     np.testing.assert_allclose(log_probabilities(model, EXAMPLES, 3), changed, atol=1e-6)
     assert dict(tree_flatten(model.trainable_parameters())).keys() == trained.keys()
 
@@ -88,10 +90,10 @@ def mlxlm_unflatten(values):
 def test_the_reference_is_kept_on_disk_for_this_model_and_these_answers_alone(tiny, tmp_path, monkeypatch):
     model, _ = tiny
     peft.apply(model, peft.Lora(rank=2))
-    first = reference_log_probabilities(model, EXAMPLES, 2, tmp_path)
+    first = reference_log_probabilities(model, EXAMPLES, 2, ALONE, tmp_path)
     (file,) = tmp_path.glob("reference-*.safetensors")
     monkeypatch.setattr("mlxlm.alignment.reference.log_probabilities", None)  # the second time nothing is computed
-    assert reference_log_probabilities(model, EXAMPLES, 2, tmp_path).tolist() == first.tolist()
+    assert reference_log_probabilities(model, EXAMPLES, 2, ALONE, tmp_path).tolist() == first.tolist()
     monkeypatch.undo()
     with reference(model):
         name = fingerprint(model, EXAMPLES)
@@ -102,7 +104,7 @@ def test_the_reference_is_kept_on_disk_for_this_model_and_these_answers_alone(ti
         assert fingerprint(model, EXAMPLES) != name
         model.decoder.layers[0].feed_forward.down.weight = weight
     file.write_bytes(b"torn")
-    assert reference_log_probabilities(model, EXAMPLES, 2, tmp_path).tolist() == first.tolist()
+    assert reference_log_probabilities(model, EXAMPLES, 2, ALONE, tmp_path).tolist() == first.tolist()
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from mlxlm.models import Transformer
     from mlxlm.tokenizers import Tokenizer
 
-_STEERING = 0.1  # share by which beta follows a divergence that is off its target (Ziegler et al. 2019, section 2.2)
-_LEAST_BETA = 1e-4
-
 
 @dataclass
 class Rollout:
@@ -195,10 +192,8 @@ class RolloutSource:
             one.old, one.values, one.reference = log_p, values, log_ref
         kl = float(np.mean([sum(one.old) - sum(one.reference) for one in self.rollouts]))
         self.numbers = {**self.numbers, "kl": kl, "beta": self.beta}
-        target = self.settings.kl_target
-        if target:
-            error = float(np.clip(kl / target - 1, -0.2, 0.2)) / 0.2
-            self.beta = max(self.beta, _LEAST_BETA) * (1 + _STEERING * error)
+        if self.settings.kl_target:
+            self.beta = worth.steered(self.beta, kl, self.settings.kl_target)
 
     def _compare(self) -> None:
         """Advantages of GRPO and its variants: one for all tokens of an answer."""

@@ -10,11 +10,6 @@ import pytest
 from alignment_runs import rows_for, texts, write
 from sharing_cases import CASES, aligned
 
-from mlxlm.alignment import prepare
-from mlxlm.alignment.spreading import spread
-from mlxlm.distributed import Joined, Mesh, connect
-from mlxlm.errors import UsageError
-
 sys.path.insert(0, str(Path(__file__).parent.parent / "distributed"))
 from processes import run_ranks
 

@@ -3,8 +3,8 @@
     python examples/alignment/arithmetic.py --output runs/arithmetic
 
 A small decoder is taught sums for too short a time, so that about a third of its answers are right. Then GRPO (Shao et
-al. 2024, arXiv:2402.03300) lets it try, and tells which of its answers were right; it is shown none. The prompts that
-are measured are in neither.
+al. 2024, arXiv:2402.03300) lets it try, and tells which of its answers were right; it is shown none. The sums that are
+measured (a fifth) are in neither; those by which the teaching ends and the best weights are told are others again.
 """
 
 from __future__ import annotations
@@ -29,26 +29,35 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/arithmetic"), help="default runs/arithmetic")
     parser.add_argument("--method", default="grpo", choices=["grpo", "dr-grpo", "dapo", "ppo"])
-    parser.add_argument("--epochs", type=int, default=15, help="of teaching, default 15")
+    parser.add_argument("--loss", type=float, default=0.4, help="of a token at which teaching ends, default 0.4")
     parser.add_argument("--iters", type=int, default=400, help="updates, default 400")
-    parser.add_argument("--most", type=int, default=30, help="numbers are below it, default 30")
+    parser.add_argument("--learning-rate", type=float, default=5e-4, help="default 5e-4")
+    parser.add_argument("--most", type=int, default=50, help="numbers are below it, default 50")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, sums and answers, default 0")
     parser.add_argument("--prompts", type=int, default=16, help="of an iteration, default 16, with 8 answers each")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     options = parser.parse_args(words)
-    rows = sums(options.most, 0)
-    held_out, rest = rows[: len(rows) // 5], rows[len(rows) // 5 :]
-    taught = small_model.write(options.output / "taught", train=rest)
-    small_model.taught(options.output, taught, epochs=options.epochs)
-    asked = [[{"prompt": row["prompt"]} for row in part] for part in (rest, held_out)]
-    data = small_model.write(options.output / "prompts", train=asked[0], valid=asked[1])
+    rows = sums(options.most, options.seed)
+    fifth, tenth = len(rows) // 5, len(rows) // 10
+    test, valid, train = rows[:fifth], rows[fifth : fifth + tenth], rows[fifth + tenth :]
+    taught = small_model.write(options.output / "taught", train=train, valid=valid)
+    # The likelihood of a right answer of three tokens is then about a third.
+    small_model.taught_to(options.output, taught, options.loss, step=50, most=2000, seed=options.seed)
+    data = small_model.write(
+        options.output / "prompts",
+        **{
+            name: [{"prompt": row["prompt"]} for row in part]
+            for name, part in (("train", train), ("valid", valid), ("test", test))
+        },
+    )
     report.align(
         options.output,
         {
             "method": options.method, "reward": "arithmetic", "model": str(options.output / "base"), "data": str(data),
-            "fine_tune_type": "full", "iters": options.iters, "learning_rate": 5e-4, "schedule": "constant",
-            "prompts_per_iteration": options.prompts, "answers_per_prompt": 8, "batch_size": 8 * options.prompts,
-            "passes": 1, "max_tokens": 4, "beta": 0.01, "answers": len(held_out),
-            "steps_per_eval": max(options.iters // 5, 1),
+            "fine_tune_type": "full", "iters": options.iters, "learning_rate": options.learning_rate,
+            "schedule": "constant", "prompts_per_iteration": options.prompts, "answers_per_prompt": 8,
+            "batch_size": 8 * options.prompts, "passes": 1, "max_tokens": 3, "beta": 0.01, "answers": len(test),
+            "steps_per_eval": max(options.iters // 8, 1), "seed": options.seed,
         },
         title="arithmetic: share of right answers to held-out sums",
         resume=options.resume,

@@ -5,6 +5,7 @@ with in these examples.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 import mlxlm
 from mlxlm.models import Transformer, family_of, save
 from mlxlm.training import Console
-from mlxlm.training.finetune import FinetuneSettings, finetune
+from mlxlm.training.finetune import FinetuneSettings, Outcome, finetune
 from mlxlm.training.initialisation import initialise
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789+-*=.,:?! "
@@ -42,17 +43,43 @@ def make_model(folder: Path, *, width: int = 64, layers: int = 2, length: int = 
     mlxlm.load(folder)
 
 
-def taught(folder: Path, data: Path, *, epochs: int, learning_rate: float = 3e-3, batch_size: int = 64) -> None:
-    """Teach a model of `make_model` by rows of prompts and completions; folder/base is what comes out."""
-    if (folder / "base" / "config.json").is_file():
+def taught(folder: Path, data: Path, **settings: Any) -> None:
+    """Teach a model of `make_model` by rows of prompts and completions, several of which stand in a row of 64 tokens;
+    folder/base is what comes out.
+
+    settings: of fine-tuning, such as epochs.
+    """
+    if _is_there(folder):
         return
-    make_model(folder / "drawn")
-    settings = FinetuneSettings.from_json({
+    make_model(folder / "drawn", seed=settings.get("seed", 0))
+    _finetuned(folder, data, settings)
+
+
+def taught_to(folder: Path, data: Path, loss: float, *, step: int, most: int, **settings: Any) -> None:
+    """As `taught`, until the loss on the validation rows is below `loss`: looked at every `step` updates, `most` of
+    them at most.
+    """
+    if _is_there(folder):
+        return
+    make_model(folder / "drawn", seed=settings.get("seed", 0))
+    for iters in range(step, most + 1, step):
+        found = _finetuned(folder, data, {**settings, "iters": iters}, resume=iters > step).valid["loss"]
+        print(f"taught {iters} steps: validation loss {found:.3f}, wanted {loss:g}", file=sys.stderr)
+        if found < loss:
+            return
+
+
+def _is_there(folder: Path) -> bool:
+    return (folder / "base" / "config.json").is_file()
+
+
+def _finetuned(folder: Path, data: Path, settings: dict[str, Any], resume: bool = False) -> Outcome:
+    chosen = FinetuneSettings.from_json({
         "model": str(folder / "drawn"), "data": str(data), "adapter_path": str(folder / "base"), "method": "full",
-        "epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "samples": 0, "exact_match": 0,
-        "schedule": "constant", "steps_per_report": 50, "steps_per_eval": 0, "valid_fraction": 0.0,
+        "learning_rate": 3e-3, "batch_size": 8, "packing": True, "max_seq_length": 64, "samples": 0, "exact_match": 0,
+        "schedule": "constant", "steps_per_report": 50, "steps_per_eval": 0, "valid_fraction": 0.0, **settings,
     })  # fmt: skip
-    finetune(settings, [Console()], say=lambda text: None)
+    return finetune(chosen, [Console()], resume=resume, say=lambda text: None)
 
 
 def write(folder: Path, **splits: list[dict[str, Any]]) -> Path:

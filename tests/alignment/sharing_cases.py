@@ -16,7 +16,7 @@ from mlxlm.alignment import align
 from mlxlm.training.reporters import Reporter
 
 # Five comparisons in batches of three: of the last batch one process has nothing but what fills it up.
-ODD = {"batch_size": 3, "optimizer": "sgd", "learning_rate": 0.05, "iters": 4, "steps_per_eval": 2}
+ODD = {"batch_size": 3, "optimizer": "sgd", "learning_rate": 0.05, "iters": 3, "steps_per_eval": 0, "samples": 0}
 CASES = {
     "reward": {"fine_tune_type": "full"},
     "dpo": {},
@@ -49,12 +49,12 @@ def saved(folder):
     return mx.load(str(file))
 
 
-def shared(world, folder, model, data):
+def shared(world, folder, model, data, *methods):
     """What every rank made of each case: the tensors saved, and the measures after."""
     from mlxlm.distributed import Joined, Mesh
 
     joined, result = Joined(world, Mesh(dp=world.size)), {}
-    for method in CASES:
+    for method in methods:
         if method == "grpo":
             stopped, _ = aligned(method, model, data, folder / method, joined, [Stop()])
             assert stopped.stopped

@@ -23,10 +23,15 @@ def data(tmp_path):
     return tmp_path / "data"
 
 
-def test_two_processes_make_of_a_run_what_one_does(tiny_directory, data, tmp_path):
+@pytest.mark.parametrize(
+    "methods",
+    [("dpo", "kto", "grpo"), pytest.param(("reward", "dr-grpo", "ppo"), marks=pytest.mark.slow)],
+    ids=lambda methods: "-".join(methods),
+)
+def test_two_processes_make_of_a_run_what_one_does(tiny_directory, data, tmp_path, methods):
     """GRPO is stopped after two steps besides, and resumed, in the middle of an iteration."""
-    ranks = run_ranks(2, "tests.alignment.sharing_cases", "shared", tiny_directory, data, limit=120)
-    for method in CASES:
+    ranks = run_ranks(2, "tests.alignment.sharing_cases", "shared", tiny_directory, data, *methods, limit=120)
+    for method in methods:
         outcome, tensors = aligned(method, tiny_directory, data, tmp_path / method)
         for rank in ranks:
             for name, array in tensors.items():

@@ -29,7 +29,7 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/arithmetic"), help="default runs/arithmetic")
     parser.add_argument("--method", default="grpo", choices=["grpo", "dr-grpo", "dapo", "ppo"])
-    parser.add_argument("--loss", type=float, default=0.4, help="of a token at which teaching ends, default 0.4")
+    parser.add_argument("--loss", type=float, default=0.5, help="of a token at which teaching ends, default 0.5")
     parser.add_argument("--iters", type=int, default=400, help="updates, default 400")
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="default 5e-4")
     parser.add_argument("--most", type=int, default=50, help="numbers are below it, default 50")
@@ -41,8 +41,7 @@ def main(words: list[str] | None = None) -> None:
     fifth, tenth = len(rows) // 5, len(rows) // 10
     test, valid, train = rows[:fifth], rows[fifth : fifth + tenth], rows[fifth + tenth :]
     taught = small_model.write(options.output / "taught", train=train, valid=valid)
-    # The likelihood of a right answer of three tokens is then about a third.
-    small_model.taught_to(options.output, taught, options.loss, step=50, most=2000, seed=options.seed)
+    small_model.taught_to(options.output, taught, options.loss, step=20, most=1200, seed=options.seed)
     data = small_model.write(
         options.output / "prompts",
         **{

@@ -8,10 +8,7 @@ float32 logits, for a base under tests/fixtures/models. Weights are drawn wide, 
 
 from __future__ import annotations
 
-import json
 import shutil
-import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +16,17 @@ import adapters
 import numpy as np
 import torch
 import transformers
-from adapter_inputs import arguments_for, inputs_for
-from safetensors.numpy import save_file
+from adapter_cases import (
+    FIXTURES,
+    Case,
+    base_values,
+    inputs_for,
+    make_named,
+    name_base,
+    seed_of,
+    write_expected,
+)
 from safetensors.torch import load_file
-
-FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One fixture. base: a fixture model. config: a config class of the library. settings: its arguments."""
-
-    base: str
-    config: str
-    settings: dict[str, Any] = field(default_factory=dict)
-
 
 CASES = {
     "houlsby-encoder": Case("bert", "DoubleSeqBnConfig", {"reduction_factor": 5}),
@@ -50,8 +43,7 @@ CASES = {
 
 def base_model(name: str) -> Any:
     """The transformers model of a base, in eager attention, ready for adapters."""
-    folder = FIXTURES / "models" / name
-    values = json.loads((folder / "config.json").read_text())
+    folder, values = base_values(name)
     # Written by a newer transformers, whose keys the older one knows by other names.
     rope = values.get("rope_parameters") or {}
     if rope:
@@ -65,12 +57,6 @@ def base_model(name: str) -> Any:
     return model.float().eval()
 
 
-def logits_of(model: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """What a model answers to the inputs, in its own precision."""
-    with torch.no_grad():
-        return model(**arguments_for(inputs)).logits.contiguous().numpy()
-
-
 def with_adapter(base: str, folder: Path) -> Any:
     """A base with the adapter of a folder active."""
     model = base_model(base)
@@ -80,7 +66,7 @@ def with_adapter(base: str, folder: Path) -> Any:
 
 def make(name: str, case: Case) -> None:
     """Write one fixture."""
-    torch.manual_seed(sum(map(ord, name)))
+    rng = np.random.default_rng(seed_of(name))
     model = base_model(case.base)
     config = getattr(adapters, case.config)(**case.settings)
     model.add_adapter("fixture", config=config)
@@ -92,20 +78,9 @@ def make(name: str, case: Case) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     model.save_adapter(str(folder), "fixture", with_head=False, use_safetensors=True)
-    config_file = folder / "adapter_config.json"
-    values = json.loads(config_file.read_text()) | {"model_name": case.base}
-    config_file.write_text(json.dumps(values, indent=2) + "\n")
-    inputs = inputs_for(model, np.random.default_rng(sum(map(ord, name))))
-    # Loaded again, as others will: what the file holds is what counts.
-    save_file({**inputs, "logits": logits_of(with_adapter(case.base, folder), inputs)}, folder / "expected.safetensors")
-
-
-def main() -> None:
-    """Make the named fixtures, or all."""
-    for name in sys.argv[1:] or CASES:
-        make(name, CASES[name])
-        print(name)
+    name_base(folder, model_name=case.base)
+    write_expected(folder, inputs_for(model, rng), with_adapter(case.base, folder))
 
 
 if __name__ == "__main__":
-    main()
+    make_named(make, CASES)

@@ -8,31 +8,23 @@ float32 logits, for a base under tests/fixtures/models. Weights are drawn wide, 
 
 from __future__ import annotations
 
-import json
 import shutil
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import peft
 import torch
 import transformers
-from adapter_inputs import arguments_for, inputs_for
-from safetensors.numpy import save_file
-
-FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
-
-
-@dataclass(frozen=True)
-class Case:
-    """One fixture. base: a fixture model. config: a PEFT config class. settings: its arguments."""
-
-    base: str
-    config: str
-    settings: dict[str, Any]
-
+from adapter_cases import (
+    FIXTURES,
+    Case,
+    base_values,
+    inputs_for,
+    make_named,
+    name_base,
+    seed_of,
+    write_expected,
+)
 
 _LORA = {"r": 3, "lora_alpha": 7, "lora_dropout": 0.1}
 CASES = {
@@ -136,25 +128,14 @@ CASES = {
 
 def base_model(name: str) -> Any:
     """The transformers model of a base, in eager attention."""
-    folder = FIXTURES / "models" / name
-    values = json.loads((folder / "config.json").read_text())
+    folder, values = base_values(name)
     kind = getattr(transformers, values["architectures"][0])
     return kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-def logits_of(model: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """What a PEFT model answers to the inputs, for the given tokens alone, in the model's precision."""
-    with torch.no_grad():
-        logits = model(**arguments_for(inputs)).logits
-    length = (inputs["decoder_tokens"] if "decoder_tokens" in inputs else inputs["tokens"]).shape[1]
-    # Contiguous: safetensors would write the memory of a view as it lies.
-    return (logits if logits.ndim == 2 else logits[:, -length:]).contiguous().numpy()
-
-
 def make(name: str, case: Case) -> None:
     """Write one fixture."""
-    torch.manual_seed(sum(map(ord, name)))
-    rng = np.random.default_rng(sum(map(ord, name)))
+    rng = np.random.default_rng(seed_of(name))
     base = base_model(case.base)
     model = peft.get_peft_model(base, getattr(peft, case.config)(**case.settings)).eval()
     for parameter_name, parameter in model.named_parameters():
@@ -165,21 +146,10 @@ def make(name: str, case: Case) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = case.base
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    inputs = inputs_for(base, rng)
-    # Loaded again, as others will: what the file holds is what counts.
+    name_base(folder, base_model_name_or_path=case.base)
     again = peft.PeftModel.from_pretrained(base_model(case.base), folder).eval()
-    save_file({**inputs, "logits": logits_of(again, inputs)}, folder / "expected.safetensors")
-
-
-def main() -> None:
-    """Make the named fixtures, or all."""
-    for name in sys.argv[1:] or CASES:
-        make(name, CASES[name])
-        print(name)
+    write_expected(folder, inputs_for(base, rng), again)
 
 
 if __name__ == "__main__":
-    main()
+    make_named(make, CASES)

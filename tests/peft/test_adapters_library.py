@@ -58,7 +58,8 @@ def test_the_library_reads_what_we_write(name, tmp_path):
     """Both folders are computed by the library in float64, so that all of the difference is in the files."""
     pytest.importorskip("adapters", reason="needs the package adapters, which pins transformers 4")
     sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tools"))
-    from make_adapters_fixtures import logits_of, with_adapter
+    from adapter_cases import logits_of
+    from make_adapters_fixtures import with_adapter
 
     model = peft.load_adapter(base_of(name), FIXTURES / "adapters" / name)
     peft.save_adapter(model, tmp_path, layout="adapters")

@@ -61,7 +61,8 @@ def test_peft_reads_what_we_write(name, tmp_path):
     import sys
 
     sys.path.insert(0, str(Path(__file__).parent.parent.parent / "tools"))
-    from make_peft_fixtures import base_model, logits_of
+    from adapter_cases import logits_of
+    from make_peft_fixtures import base_model
 
     model = load_adapter(base_of(name), FIXTURES / "peft" / name)
     save_adapter(model, tmp_path / "ours", layout="peft")

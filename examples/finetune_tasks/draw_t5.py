@@ -59,7 +59,7 @@ def draw(data: Path, folder: Path, *, width: int = 96, layers: int = 2, seed: in
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     model = Transformer(family_of(values).read_config(values))
-    initialise(model, seed)
+    initialise(model, seed, scale=width**-0.5)  # as T5's authors do; the default is for models ten times as wide
     save(model, load_tokenizer(folder), folder, family="t5")
     return model
 

@@ -25,6 +25,7 @@ SAMPLING = {
     "temp": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
     "repetition_penalty": "repetition_penalty", "logit_bias": "logit_bias", "seed": "seed",
 }  # fmt: skip
+_OF_CHANCE = {"top_p": 1.0, "top_k": 0, "min_p": 0.0}  # what they are where they are off
 _WAYS_TO_GUESS = ("draft_model", "prompt_lookup", "early_exit")
 
 
@@ -35,9 +36,16 @@ def load(model: str | None, given: Given, group: Joined | None = None) -> tuple[
 
 
 def sampling(given: Given) -> Sampling:
-    """How words are chosen."""
+    """How words are chosen. Raises UsageError for choices among tokens where the likeliest one is taken."""
     from mlxlm.generation import Sampling
 
+    idle = [flag_of(name) for name, off in _OF_CHANCE.items() if given.get(name, off) != off]
+    if idle and not given.get("temp"):
+        has = "have" if len(idle) > 1 else "has"
+        flags = " and ".join(idle)
+        raise UsageError(
+            f"{flags} {has} no effect at temperature 0, where the likeliest token is taken: give --temp too"
+        )
     values = {SAMPLING[name]: value for name, value in given.items() if name in SAMPLING}
     if "logit_bias" in values:
         values["logit_bias"] = opt.parse_logit_bias(values["logit_bias"])
@@ -99,6 +107,9 @@ def prompt_tokens(tokenizer: Tokenizer, text: str, given: Given) -> str | list[i
         messages = [*first, {"role": "user", "content": text}]
         tokens: list[int] = tokenizer.encode_chat(messages, add_generation_prompt=True, **variables)
         return tokens
-    if system is not None:
-        raise PromptError("--system-prompt needs a chat template, which this model doesn't have or was told to ignore")
+    for name in ("system_prompt", "chat_template_config"):
+        if name in given:
+            raise PromptError(
+                f"{flag_of(name)} needs a chat template, which this model doesn't have or was told to ignore"
+            )
     return text

@@ -86,6 +86,12 @@ def test_chat_takes_the_same_flags(mlxlm_command, tiny_directory):
         (["--negative-prompt", "", "--guidance-scale", 2], "--negative-prompt is empty"),
         (["--negative-prompt", "x", "--guidance-scale", "nan"], "--guidance-scale is nan"),
         (["--negative-prompt", "x", "--guidance-scale", 2, "--early-exit", 1], "guidance (--guidance-scale) goes"),
+        (["--top-p", 0.9, "--min-p", 0.1], "--top-p and --min-p have no effect at temperature 0"),
+        (["--top-k", 4, "--temp", 0], "--top-k has no effect at temperature 0, where the likeliest token is taken"),
+        (
+            ["--ignore-chat-template", "--chat-template-config", '{"a": 1}'],
+            "--chat-template-config needs a chat template",
+        ),
         (["--best-of", 3], "give --temp above 0"),
         (["--best-of", 0, "--temp", 1], "--best-of is 0"),
         (["--best-of", 2, "--temp", 1, "--num-return-sequences", 3], "--num-return-sequences is 3, but must be 1 to 2"),

@@ -94,7 +94,7 @@ class _Clock:
 
 @dataclass(frozen=True)
 class _Begun:
-    """A step that is a graph so far, the position of the source after its batches, and the tokens in them."""
+    """A step that was launched, the position of the source after its batches, and the tokens in them."""
 
     outcome: Outcome
     position: Any
@@ -243,10 +243,8 @@ class Trainer:
                     raise DataError("the data has no batch to train on")
                 return "data"
             begun = self._begin(batches, progress.step) if ahead is None else ahead
-            with self.communicator.waiting(f"step {progress.step + 1}"):
-                mx.async_eval(self.step.state, vars(begun.outcome))
-            # The next batches are made while the device works, and where nothing needs the weights of this step,
-            # the graph of the next step too.
+            # The next batches are made while the device works; and where nothing needs the weights of this step, the
+            # next step is launched too, so that the device never waits for it.
             batches = self._fetch() if progress.step + 1 < settings.steps else []
             ahead = self._begin(batches, progress.step + 1) if batches and self._goes_on(last) else None
             with self.communicator.waiting(f"step {progress.step + 1}"):
@@ -269,8 +267,12 @@ class Trainer:
         return "done" if progress.step >= settings.steps else "until"
 
     def _begin(self, batches: list[Batch], number: int) -> _Begun:
-        """The step after so many others. The source is at the end of its batches then."""
-        return _Begun(self.step(batches, self.settings.rate(number)), self.source.state(), _tokens(batches))
+        """Launch the step after so many others. The source is at the end of its batches then."""
+        position, tokens = self.source.state(), _tokens(batches)
+        outcome = self.step(batches, self.settings.rate(number))
+        with self.communicator.waiting(f"step {number + 1}"):
+            mx.async_eval(self.step.state, vars(outcome))
+        return _Begun(outcome, position, tokens)
 
     def _goes_on(self, last: int) -> bool:
         """Whether the next step follows this one, and nothing between them needs the weights after this one."""

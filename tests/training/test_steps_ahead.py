@@ -1,4 +1,4 @@
-"""The graph of the next step is made while a step is computed: the run stays what it is, wherever it is stopped."""
+"""The next step is launched while a step is computed: the run stays what it is, wherever it is stopped."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ STEPS = 9
 
 @pytest.fixture(autouse=True)
 def not_compiled():
-    """Steps that are told to compile, which are those that are begun early, without the time that compiling takes."""
+    """Steps that are told to compile, which are launched early, without the time that compiling takes."""
     mx.disable_compile()
     yield
     mx.enable_compile()
 
 
 class Order(Reporter):
-    """What came when: "begun" and "reported"."""
+    """What came when: "launched" and "reported"."""
 
     def __init__(self, monkeypatch):
         self.events, call = [], Step.__call__
-        monkeypatch.setattr(Step, "__call__", lambda *given: (self.events.append("begun"), call(*given))[1])
+        monkeypatch.setattr(Step, "__call__", lambda *given: (self.events.append("launched"), call(*given))[1])
 
     def on_metrics(self, metrics):
         self.events.append("reported")
@@ -49,19 +49,28 @@ def run(folder=None, *, until=None, reporters=(), steps=STEPS, batches=None, **s
     return trainer.run(resume=folder is not None, until=until), weights_of(model), trainer
 
 
-def test_a_step_is_begun_before_the_one_before_it_is_reported(monkeypatch):
+def test_a_step_is_launched_before_the_one_before_it_is_reported(monkeypatch):
     order = Order(monkeypatch)
     run(reporters=[order], steps=4)
-    assert order.events == ["begun", "begun", "reported", "begun", "reported", "begun", "reported", "reported"]
+    assert order.events == [
+        "launched",
+        "launched",
+        "reported",
+        "launched",
+        "reported",
+        "launched",
+        "reported",
+        "reported",
+    ]
 
 
 @pytest.mark.parametrize(
     "settings", [{"save_every": 1}, {"evaluate_every": 1}, {"accumulation": 2}], ids=["saved", "evaluated", "sums"]
 )
-def test_none_is_begun_where_the_weights_are_needed_in_between(settings, monkeypatch, tmp_path):
+def test_none_is_launched_where_the_weights_are_needed_in_between(settings, monkeypatch, tmp_path):
     order = Order(monkeypatch)
     run(tmp_path, reporters=[order], steps=3, **settings)
-    assert order.events == ["begun", "reported"] * 3
+    assert order.events == ["launched", "reported"] * 3
 
 
 def test_the_run_is_the_same_one(tmp_path):
@@ -80,7 +89,7 @@ def test_data_that_ends_ends_the_run():
 
 
 @pytest.mark.parametrize("at", [1, 4])
-def test_a_signal_ends_it_after_the_step_that_is_begun_and_it_goes_on_from_there(at, tmp_path):
+def test_a_signal_ends_it_after_the_step_that_is_launched_and_it_goes_on_from_there(at, tmp_path):
     class Stop(Reporter):
         def on_metrics(self, metrics):
             if metrics["step"] == at:

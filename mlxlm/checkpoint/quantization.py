@@ -176,13 +176,19 @@ def quantized_modules(checkpoint: Checkpoint, config: QuantizationConfig | None)
 
 
 def dequantize(
-    weight: mx.array, scales: mx.array, biases: mx.array | None, quantization: Quantization, dtype: mx.Dtype
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array | None,
+    quantization: Quantization,
+    dtype: mx.Dtype,
+    *,
+    lazy: bool = False,
 ) -> mx.array:
     """The values of a quantized weight, computed in float32 and rounded once to `dtype`.
 
     weight: (..., n * bits / 32) uint32.  scales, biases: (..., n / group_size); biases None unless affine.
     Returns (..., n) of `dtype`. On the CPU backend affine weights of 4 and 8 bits are computed at once with numpy,
-    several times as fast as MLX does it there; everything else is a lazy MLX array.
+    several times as fast as MLX does it there, unless `lazy`; everything else is a lazy MLX array.
     Raises CheckpointError when the shapes don't belong together.
     """
     if not _fits(weight.shape, scales.shape, quantization) or (biases is None) == quantization.has_biases:
@@ -200,7 +206,7 @@ def dequantize(
     if biases is None:
         return mx.dequantize(weight, scales, None, dtype=mx.float32, **quantization.to_json()).astype(dtype)
     scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-    if quantization.bits in (4, 8) and backend() == "cpu":
+    if quantization.bits in (4, 8) and backend() == "cpu" and not lazy:
         return _dequantize_with_numpy(weight, scales, biases, quantization).astype(dtype)
     return mx.dequantize(weight, scales, biases, **quantization.to_json()).astype(dtype)
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from mlxlm.checkpoint.shards import compare_with_index, inside, read_weight_map
 from mlxlm.checkpoint.small_floats import NAMES, decode
+from mlxlm.checkpoint.stored import StoredArray, StoredFile
 from mlxlm.checkpoint.tensors import Checkpoint, TensorInfo
 from mlxlm.errors import CheckpointError, ModelNotFoundError, listing, nearest
 
@@ -92,7 +93,14 @@ def open_safetensors(path: str | os.PathLike[str]) -> Checkpoint:
         compare_with_index(index, weight_map, tensors)
     strange = _DECODED | _UNREADABLE
     foreign = {tensor.file for tensor in tensors.values() if tensor.dtype in strange}
-    return Checkpoint(tensors, metadata, lambda wanted: _load(wanted, foreign))
+    stored = {file: StoredFile(file) for file in files}
+
+    def view(tensor: TensorInfo) -> StoredArray | None:
+        if tensor.dtype in strange or not tensor.nbytes:
+            return None
+        return stored[tensor.file].array(tensor.shape, tensor.dtype, tensor.position)
+
+    return Checkpoint(tensors, metadata, lambda wanted: _load(wanted, foreign), view)
 
 
 def _load(wanted: list[TensorInfo], foreign: set[Path]) -> dict[str, mx.array]:

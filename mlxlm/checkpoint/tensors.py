@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxlm.checkpoint.quantization import Quantization
+from mlxlm.checkpoint.stored import StoredArray
 from mlxlm.errors import CheckpointError, nearest
 
 
@@ -43,11 +44,16 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     metadata: dict[str, Any]
     _read: Callable[[list[TensorInfo]], dict[str, mx.array]] = field(repr=False, compare=False)
+    _stored: Callable[[TensorInfo], StoredArray | None] = field(default=lambda tensor: None, repr=False, compare=False)
 
     @property
     def nbytes(self) -> int:
         """Size of all tensors on disk."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def stored(self, name: str) -> StoredArray | None:
+        """A tensor as a view of its file, of which parts can be read alone; None where the file has no such form."""
+        return self._stored(self.tensors[name])
 
     def load(self, names: Iterable[str] | None = None) -> dict[str, mx.array]:
         """Arrays of the named tensors, default all, in that order.

@@ -125,7 +125,9 @@ def load(
             path = find(model, revision=revision)
         from mlxlm.models import load as load_checkpoint
 
-        return load_checkpoint(path, dtype=dtype, quantized=quantized, part=group.serve)
+        network, tokenizer = load_checkpoint(path, dtype=dtype, quantized=quantized, lazy=True)
+        group.serve(network)
+        return network, tokenizer
     path = find(model, revision=revision)  # shows progress bars of its own
     with loading(model):
         if not weights:

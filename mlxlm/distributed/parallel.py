@@ -35,8 +35,9 @@ ELEMENTWISE = ("adamw", "lion", "sgd")
 class Parallel:
     """This process's part of a model that the processes of a mesh train or run together.
 
-    model: whole, the same in every process; keeps this process's part only, in place. Its arrays may be lazy, so that
-    nothing else is ever computed.  zero: what replicas share, 0 nothing to 3 everything, see zero.py.
+    model: whole, the same in every process; keeps this process's part only, in place. Its arrays may be lazy, or on
+    disk, so that nothing else is ever computed or read.  zero: what replicas share, 0 nothing to 3 everything, see
+    zero.py.
 
     Attributes:
         pieces: of each parameter of the model as it is held, by name.
@@ -74,14 +75,22 @@ class Parallel:
             self._ties = self._tied(world)
         self.pieces = share_tensors(model, self.tensor)
         share_rows(model, world.comm(mesh.groups("sp"), "sequence"))
-        if self.data.size > 1:
-            self.check_equal(dict(tree_flatten(model.parameters())), "the weights at the start")
         self._rows = {name: piece.size[0] for name, piece in self.pieces.items() if piece.shape}
         self._in_layers: set[str] = set()
-        if self.zero == 3 and self.data.size > 1:
+        in_layers = self.zero == 3 and self.data.size > 1
+        if model._stored is not None and not in_layers:
+            model._stored.finish(model)
+        if self.data.size > 1:
+            # Of what lies on disk and is shared, reading all to compare it would be reading too much.
+            edges = (lambda array: array) if model._stored is None else model._stored.edges
+            held = {name: edges(array) for name, array in tree_flatten(model.parameters())}
+            self.check_equal(held, "the weights at the start")
+        if in_layers:
             self._in_layers = shard_layers(model, self.data)
             for name in self._in_layers:
                 self.pieces[name] = shard_piece(self.data, self.pieces[name])
+            if model._stored is not None:
+                model._stored.finish(model)
 
     @property
     def lazy(self) -> bool:

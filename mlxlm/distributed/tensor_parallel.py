@@ -164,7 +164,8 @@ _OUTPUTS = {nn.Linear: WordsLinear, nn.QuantizedLinear: WordsQuantizedLinear}
 def share_tensors(model: Transformer, comm: Comm) -> dict[str, Piece]:
     """Keep this rank's part of a whole model, in place; what is kept of every parameter, by name.
 
-    The model may have low-rank adapters; its parameters may still be lazy, then only what is kept is ever computed.
+    The model may have low-rank adapters; its parameters may still be lazy, then only what is kept is ever computed,
+    and of weights on disk nothing else is read.
     Raises UsageError, before anything is changed, for a model that can't be shared by so many ranks.
     """
     plan = TensorPlan(model.config, comm.size, comm.index)
@@ -176,8 +177,12 @@ def share_tensors(model: Transformer, comm: Comm) -> dict[str, Piece]:
     model._alone = False
     for path, module in model.named_modules():
         _give_class(model, path, module, comm)
-    cut = [(name, pieces[name].cut(array)) for name, array in arrays.items() if not pieces[name].is_whole]
-    model.update(tree_unflatten(cut))
+    for name in list(arrays):
+        array, piece = arrays.pop(name), pieces[name]
+        if piece.is_whole:
+            continue
+        read = None if model._stored is None else model._stored.part(array, piece.start, piece.stop)
+        model.update(tree_unflatten([(name, piece.cut(array) if read is None else read)]))
     return pieces
 
 

@@ -106,11 +106,22 @@ def shard_layers(model: Transformer, comm: Comm) -> set[str]:
             arrays = dict(tree_flatten(layer.parameters()))
             layer.__class__ = _KINDS[type(layer)]
             layer._comm, layer._rows = comm, {name: array.shape[0] for name, array in arrays.items()}
-            shards = [(name, shard(comm, array)) for name, array in arrays.items()]
-            mx.eval([array for _, array in shards])
-            layer.update(tree_unflatten(shards))
+            for name, array in arrays.items():
+                own = _read_shard(model, comm, array)
+                mx.eval(own)
+                layer.update(tree_unflatten([(name, own)]))
             names |= {f"{stack}.layers.{number}.{name}" for name in arrays}
     return names
+
+
+def _read_shard(model: Transformer, comm: Comm, array: mx.array) -> mx.array:
+    """`shard` of an array of the model; of one that is on disk nothing else is read."""
+    if model._stored is not None and array.shape[0] >= comm.size:
+        mine = shard_piece(comm, Piece.whole(array.shape))
+        read = model._stored.part(array, mine.start, mine.stop)
+        if read is not None:
+            return mx.pad(read, [(0, _each(comm, array.shape[0]) - read.shape[0]), *[(0, 0)] * (read.ndim - 1)])
+    return shard(comm, array)
 
 
 def _each(comm: Comm, rows: int) -> int:

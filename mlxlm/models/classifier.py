@@ -75,5 +75,5 @@ def with_classification_head(
     drawn = {name: array.astype(dtype) for name, array in expected.items() if name not in kept}
     result.update(tree_unflatten(list({**kept, **drawn}.items())))
     result.eval()
-    result.source = replace(source, values=values, config=config)
+    result.source, result._stored = replace(source, values=values, config=config), model._stored
     return result

@@ -6,7 +6,7 @@ directory: float weights as transformers writes them, quantized ones as mlx-lm d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,11 +30,11 @@ from mlxlm.checkpoint import (
 )
 from mlxlm.errors import UsageError, nearest
 from mlxlm.kernels.attention import selfcheck
-from mlxlm.models.config import TransformerConfig
 from mlxlm.models.families import family_of, gguf_family
 from mlxlm.models.family import Layout
 from mlxlm.models.gguf_dialect import GgufTensors
 from mlxlm.models.source import Source
+from mlxlm.models.stored_weights import stored_weights
 from mlxlm.models.transformer import Transformer
 from mlxlm.models.weights import Rule, canonical_names, check, check_copies, to_canonical
 
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
 _GGUF_POOLINGS = {0: None, 1: "mean", 2: "cls", 3: "last", 4: "rank"}
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
-Part = Callable[[Transformer], Any]
-
 
 def load(
     path_or_hub_id: str | Path,
@@ -55,7 +53,7 @@ def load(
     quantized: bool | None = None,
     revision: str | None = None,
     offline: bool | None = None,
-    part: Part | None = None,
+    lazy: bool = False,
 ) -> tuple[Transformer, Tokenizer]:
     """A model in evaluation mode and its tokenizer.
 
@@ -63,7 +61,8 @@ def load(
     dtype: to compute in, "float32", "float16" or "bfloat16"; default the checkpoint's, float32 on the CPU.
     quantized: keep quantized weights as they are; default True on GPUs, False (dequantize) on the CPU, where MLX's
     quantized products are slower than float32 ones.  revision: of a hub id.  offline: use only what is cached.
-    part: leaves of the model, whose weights are still on disk, a part in place; nothing else is read.
+    lazy: leave the weights on disk: for a process that then keeps a part of the model and reads nothing else, see
+    `StoredWeights.finish`, which must be called before the model is.
 
     Raises ModelNotFoundError, UnsupportedModelError, ConfigError, CheckpointError, WeightsError or TokenizerError.
     """
@@ -73,9 +72,9 @@ def load(
     if path.suffix.lower() == ".gguf":
         checkpoint = open_gguf(path)
         opened = _open_gguf_model(checkpoint, path)
-        return _model(opened, dtype, quantized, part), tokenizer_from_gguf(checkpoint.metadata)
+        return _model(opened, dtype, quantized, lazy), tokenizer_from_gguf(checkpoint.metadata)
     tokenizer = load_tokenizer(path)
-    return load_model(path, dtype=dtype, quantized=quantized, part=part), tokenizer
+    return load_model(path, dtype=dtype, quantized=quantized, lazy=lazy), tokenizer
 
 
 def find(path_or_hub_id: str | Path, *, revision: str | None = None, offline: bool | None = None) -> Path:
@@ -93,10 +92,10 @@ def load_model(
     *,
     dtype: str | mx.Dtype | None = None,
     quantized: bool | None = None,
-    part: Part | None = None,
+    lazy: bool = False,
 ) -> Transformer:
     """The model of a local directory or .gguf file, without a tokenizer. Arguments as for `load`."""
-    return _model(open_model(path), dtype, quantized, part)
+    return _model(open_model(path), dtype, quantized, lazy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,14 +160,11 @@ def _open_gguf_model(checkpoint: Checkpoint, path: Path) -> OpenedModel:
 
 
 def _model(
-    opened: OpenedModel, dtype: str | mx.Dtype | None, quantized: bool | None, part: Part | None = None
+    opened: OpenedModel, dtype: str | mx.Dtype | None, quantized: bool | None, lazy: bool = False
 ) -> Transformer:
-    source, checkpoint = opened.source, opened.checkpoint
-    compute = _compute_dtype(dtype, source.values, checkpoint)
-    tensors = _load(checkpoint, compute)
-    model = _assemble(
-        source.config, opened.rules, tensors, opened.quantizations, dtype=compute, quantized=quantized, part=part
-    )
+    source = opened.source
+    compute = _compute_dtype(dtype, source.values, opened.checkpoint)
+    model = _assemble(opened, _load(opened.checkpoint, compute), dtype=compute, quantized=quantized, lazy=lazy)
     model.source = source
     return model
 
@@ -225,21 +221,15 @@ def checkpoint_dtype(values: Mapping[str, Any], checkpoint: Checkpoint) -> mx.Dt
 
 
 def _assemble(
-    config: TransformerConfig,
-    rules: tuple[Rule, ...],
-    tensors: dict[str, mx.array],
-    quantizations: Mapping[str, Quantization],
-    *,
-    dtype: mx.Dtype,
-    quantized: bool | None,
-    part: Part | None = None,
+    opened: OpenedModel, tensors: dict[str, mx.array], *, dtype: mx.Dtype, quantized: bool | None, lazy: bool
 ) -> Transformer:
-    """A model with these tensors, evaluated one by one so that little lives twice.
+    """A model with these tensors, evaluated one by one so that little lives twice, or with `lazy` not at all.
 
-    tensors: by their names on disk; taken out of the dict.  quantizations: by module path on disk.
+    tensors: by their names on disk; taken out of the dict.
     """
+    rules = opened.rules
     translation = to_canonical(rules, tensors)
-    if config.head is not None:
+    if opened.source.config.head is not None:
         check_copies(translation)
     translation.copies.clear()
     tensors.clear()  # nothing but the canonical arrays may hold on to what is read
@@ -247,27 +237,27 @@ def _assemble(
     for name in weights:
         if name.endswith(".scales"):
             on_disk = translation.origins[name].removesuffix(".scales")
-            modules[name.removesuffix(".scales")] = quantizations[on_disk]
+            modules[name.removesuffix(".scales")] = opened.quantizations[on_disk]
     keep = runtime.backend() != "cpu" if quantized is None else quantized
+    values: dict[str, Quantization] = {}
     if not keep:
         for path, quantization in modules.items():
             parts = (weights.pop(f"{path}.{kind}", None) for kind in ("weight", "scales", "biases"))
-            weights[f"{path}.weight"] = dequantize(*parts, quantization, dtype)
-        modules = {}
+            weights[f"{path}.weight"] = dequantize(*parts, quantization, dtype, lazy=lazy)
+        modules, values = {}, modules
     selfcheck.ensure_checked()
-    model = Transformer(config)
+    model = Transformer(opened.source.config)
     if modules:
         arguments = {path: quantization.to_json() for path, quantization in modules.items()}
         nn.quantize(model, class_predicate=lambda path, module: arguments.get(path, False))
     check(rules, {name: array.shape for name, array in tree_flatten(model.parameters())}, translation)
-    if part is not None:
-        model.update(tree_unflatten([(name, _in_dtype(weights.pop(name), dtype)) for name in list(weights)]))
-        part(model)
-        weights = dict(tree_flatten(model.parameters()))
     for name in list(weights):
         array = _in_dtype(weights.pop(name), dtype)
-        mx.eval(array)
+        if not lazy:
+            mx.eval(array)
         weights[name] = array
+    if lazy:
+        model._stored = stored_weights(opened.checkpoint, rules, translation.origins, weights, values, dtype)
     model.update(tree_unflatten(list(weights.items())))
     model.eval()
     return model

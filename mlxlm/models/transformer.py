@@ -25,6 +25,7 @@ from mlxlm.layers.virtual import StackName
 from mlxlm.models.config import StackSpec, TransformerConfig
 from mlxlm.models.heads import SequenceHeadSpec
 from mlxlm.models.recomputation import recomputed
+from mlxlm.models.stored_weights import StoredWeights
 
 
 class Stack(nn.Module):
@@ -143,6 +144,8 @@ class Transformer(nn.Module):
         self._parts = (0, 1)
         # Whether all of it is in this process, so that calls of it talk to no other.
         self._alone = True
+        # Where weights are that have not been read yet.
+        self._stored: StoredWeights | None = None
         self.embeddings = config.embeddings.build()
         if config.encoder is not None:
             self.encoder = Stack(config.encoder)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import accumulate, pairwise
 
 import mlx.core as mx
 
@@ -87,13 +88,13 @@ def split(
 
     sizes: outputs of each.  transposed: the weight on disk is (in, out).
     """
-    ends = tuple(sum(sizes[: i + 1]) for i in range(len(sizes) - 1))
+    bounds = tuple(pairwise(accumulate(sizes, initial=0)))
 
     def cut(array: mx.array, kind: str) -> tuple[mx.array, ...]:
         array = array.T if transposed and kind == "weight" else array
         if array.shape[0] != sum(sizes):
             raise CheckpointError(f"{hub}: {array.shape[0]} outputs, expected {' + '.join(map(str, sizes))}")
-        return tuple(mx.split(array, ends, axis=0))
+        return tuple(array[start:stop] for start, stop in bounds)
 
     def paste(arrays: tuple[mx.array, ...], kind: str) -> mx.array:
         whole = mx.concatenate(list(arrays), axis=0)
@@ -109,14 +110,14 @@ def split_heads(hub: str | tuple[str, ...], canonical: tuple[str, ...], groups: 
     multi-head attention are (1, 1, 1) in as many groups as heads; grouped-query attention has heads / kv_heads query
     heads, one key and one value head in each of kv_heads groups.
     """
-    ends = tuple(sum(counts[: i + 1]) for i in range(len(counts) - 1))
+    bounds = tuple(pairwise(accumulate(counts, initial=0)))
 
     def cut(array: mx.array, kind: str) -> tuple[mx.array, ...]:
         if array.shape[0] % (groups * sum(counts)):
             raise CheckpointError(f"{hub}: {array.shape[0]} outputs don't divide into {groups} x {sum(counts)} heads")
         rest = array.shape[1:]
         heads = array.reshape(groups, sum(counts), -1, *rest)
-        return tuple(part.reshape(-1, *rest) for part in mx.split(heads, ends, axis=1))
+        return tuple(heads[:, start:stop].reshape(-1, *rest) for start, stop in bounds)
 
     def paste(arrays: tuple[mx.array, ...], kind: str) -> mx.array:
         rest = arrays[0].shape[1:]

@@ -317,7 +317,9 @@ def prepare(settings: FinetuneSettings, *, resume: bool = False, say: Say = prin
         say(text)
     if settings.test and "test" not in splits:
         raise UsageError(f"{settings.data} has no test rows to measure on; it has {', '.join(splits)}")
-    model, tokenizer = load(settings.model, dtype=settings.dtype, quantized=settings.keeps_quantized)
+    model, tokenizer = load(
+        settings.model, dtype=settings.dtype, quantized=settings.keeps_quantized, lazy=not joined.alone
+    )  # fmt: skip
     kind = rows_of.kind_of(splits["train"].format, model.config)
     if kind == "seq2seq" and splits["train"].format == "classification":
         say("an encoder-decoder writes the label as its answer")

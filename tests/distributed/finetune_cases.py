@@ -7,7 +7,7 @@ import json
 import mlx.core as mx
 from character_tokenizer import write_character_tokenizer
 from finetune_runs import completions, labelled, settings, tagged, write
-from small_models import config_values, small_model
+from small_models import save_small_model
 
 from mlxlm.distributed import Joined, parse_mesh
 from mlxlm.training.finetune import finetune
@@ -33,22 +33,18 @@ def settings_of(folder, method, kind, name):
 
 def references(folder, cases):
     """Models and rows of each kind, and the run of one process for each method and kind."""
-    from mlxlm.models import save
-    from mlxlm.models.families import family_of
-    from mlxlm.models.source import Source
-
     for kind in {case.split(" ")[3] for case in cases}:
         name, changes = MODELS.get(kind, ("llama-tied", {}))
-        model, values = small_model(name, **changes), config_values(name, **changes)
         target = folder / kind / "model"
-        target.mkdir(parents=True)
-        model.source = Source(family=family_of(values), path=target, values=values, config=model.config)
-        save(model, None, target)
+        save_small_model(name, target, **changes)
         write_character_tokenizer(target)
         rows = ROWS.get(kind, completions)
         write(folder / kind / "data", train=rows(14, 1), valid=rows(5, 2), test=rows(4, 3))
     for method, kind in {(case.split(" ")[0], case.split(" ")[3]) for case in cases}:
         finetune(settings_of(folder, method, kind, f"{method}-{kind}"), say=lambda text: None)
+
+
+PREPARE = {"runs": references}
 
 
 def runs(world, folder, *cases):

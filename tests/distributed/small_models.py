@@ -55,6 +55,17 @@ def small_model(name, **changes):
     return model.eval()
 
 
+def save_small_model(name, folder, **changes):
+    """A checkpoint of a small model, in a folder of its own."""
+    from mlxlm.models import family_of, save
+    from mlxlm.models.source import Source
+
+    model, values = small_model(name, **changes), config_values(name, **changes)
+    folder.mkdir(parents=True)
+    model.source = Source(family=family_of(values), path=folder, values=values, config=model.config)
+    save(model, None, folder)
+
+
 def batch_of(model, rows=4, length=12, seed=0):
     """A batch with padding, as an objective would make it."""
     rng = np.random.default_rng(seed)

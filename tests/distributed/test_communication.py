@@ -14,10 +14,16 @@ from processes import finish, run_ranks, start_ranks
 import mlxlm  # noqa: F401  before mlx.core
 
 
-@pytest.mark.parametrize(("groupings", "count"), [(["all"], 2), (["pairs", "crossed"], 4)])
-def test_every_operation_among_all_and_among_some(groupings, count):
-    results = run_ranks(count, "communication_cases", "collectives", *groupings)
-    for rank, grouping in itertools.product(range(count), groupings):
+def test_every_operation_among_all(two_ranks):
+    check(two_ranks["collectives"], ["all"])
+
+
+def test_every_operation_among_some():
+    check(run_ranks(4, "communication_cases", "collectives", "pairs", "crossed"), ["pairs", "crossed"])
+
+
+def check(results, groupings):
+    for rank, grouping in itertools.product(range(len(results)), groupings):
         found = results[rank].items()
         got = {name.partition("/")[2]: array for name, array in found if name.startswith(grouping)}
         ranks = [int(one) for one in got["ranks"]]
@@ -37,8 +43,8 @@ def test_every_operation_among_all_and_among_some(groupings, count):
         assert got["big"] == ranks[1 - index]
 
 
-def test_gradients_through_shared_work():
-    results = run_ranks(2, "communication_cases", "gradients")
+def test_gradients_through_shared_work(two_ranks):
+    results = two_ranks["gradients"]
     x, weight = np.array(data(10, (3, 8))), np.array(data(11, (8, 8)))
     y = x @ weight
     of_own = sum(2 * (z := np.array(data(20 + rank, (3, 8)))).T @ (z @ weight) for rank in range(2))

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
+import jobs
 import pytest
-from finetune_cases import references
-from processes import run_ranks
 
 # Method, mesh, zero, rows.
-TWO = ["lora dp=2 2 words", "lora tp=2 0 words", "lora pp=2 0 words"]
 TWO_MORE = [
     "lora dp=2 3 words", "lora sp=2 0 words", "full dp=2 2 words", "full tp=2 0 words", "full pp=2 0 words",
     "full sp=2 0 words", "dora tp=2 0 words", "ia3 tp=2 0 words", "ia3 dp=2 3 words", "prompt tp=2 0 words",
@@ -21,11 +17,6 @@ TWO_MORE = [
 FOUR = ["lora dp=2,tp=2 2 words", "lora pp=2,dp=2 3 words", "full pp=2,tp=2 0 labels"]
 
 
-def under_meshes(count, cases):
-    prepare = functools.partial(references, cases=cases)
-    return run_ranks(count, "finetune_cases", "runs", *cases, limit=150, prepare=prepare)[0]
-
-
 def check(got, case):
     assert got[f"{case}/names"]
     assert got[f"{case}/weights"] < 1e-5
@@ -34,19 +25,14 @@ def check(got, case):
     assert got[f"{case}/moved"] > 1e-6
 
 
-@pytest.fixture(scope="module")
-def two():
-    return under_meshes(2, TWO)
-
-
-@pytest.mark.parametrize("case", TWO)
-def test_two_ranks_learn_what_one_process_does(two, case):
-    check(two, case)
+@pytest.mark.parametrize("case", jobs.TUNED)
+def test_two_ranks_learn_what_one_process_does(two_ranks, case):
+    check(two_ranks["tuned"][0], case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "cases"), [(2, TWO_MORE), (4, FOUR)])
 def test_other_methods_and_meshes_learn_what_one_process_does(count, cases):
-    got = under_meshes(count, cases)
+    (got, *_) = jobs.run(count, {"tuned": ("finetune_cases", "runs", cases)}, limit=200)["tuned"]
     for case in cases:
         check(got, case)

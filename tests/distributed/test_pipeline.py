@@ -70,9 +70,8 @@ def check(results, names):
             np.testing.assert_array_equal(got[f"{name}/shared-tokens"], got[f"{name}/tokens"])
 
 
-def test_generation_through_two_stages_gives_the_same_tokens():
-    names = ["llama", "gpt2", "t5"]
-    check(run_ranks(2, "tensor_cases", "generating", "pp=2", *names), names)
+def test_generation_through_two_stages_gives_the_same_tokens(two_ranks):
+    check(two_ranks["stages"], ["llama", "gpt2", "t5"])
 
 
 @pytest.mark.slow

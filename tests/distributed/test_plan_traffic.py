@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jobs
 import pytest
 from processes import run_ranks
 from small_models import small_model
@@ -11,7 +12,6 @@ from mlxlm.training.plan import PlanSettings
 from mlxlm.training.plan_mesh import Layout
 from mlxlm.training.plan_traffic import predict_mesh
 
-TWO = ["llama dp=2 3 1", "llama tp=2 0 1", "llama-tied pp=2 0 2"]
 TWO_MORE = [
     "llama dp=2 0 2", "llama sp=2 0 1", "llama dp=2 1 2", "llama dp=2 2 2", "llama dp=2 2 1", "qwen3 dp=2 3 2",
     "llama tp=2 0 2", "qwen3 tp=2 0 1", "t5 tp=2 0 1", "bert tp=2 0 1", "t5 pp=2 0 2", "t5 dp=2 3 1", "gpt2 sp=2 3 2",
@@ -45,14 +45,9 @@ def check(results, case):
         assert counted == predicted(case, mesh.place(rank)["pp"])
 
 
-@pytest.fixture(scope="module")
-def two():
-    return run_ranks(2, "traffic_cases", "bytes_of_a_step", *TWO, limit=60)
-
-
-@pytest.mark.parametrize("case", TWO)
-def test_two_ranks_say_as_much_as_predicted(two, case):
-    check(two, case)
+@pytest.mark.parametrize("case", jobs.SENT)
+def test_two_ranks_say_as_much_as_predicted(two_ranks, case):
+    check(two_ranks["traffic"], case)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jobs
 import numpy as np
 import pytest
 from processes import run_ranks
@@ -10,12 +11,12 @@ from small_models import small_model
 from mlxlm.distributed.tensor_plan import TensorPlan
 from mlxlm.errors import UsageError
 
-MODELS = ("llama", "llama-tied", "qwen3", "falcon", "bloom", "gpt2", "bert", "t5", "quantized")
+MODELS = tuple(jobs.SHARED)
 
 
-@pytest.fixture(scope="module")
-def two():
-    return run_ranks(2, "tensor_cases", "shared", *MODELS)
+@pytest.fixture
+def two(two_ranks):
+    return two_ranks["shared"]
 
 
 def check(results, name):

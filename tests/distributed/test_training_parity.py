@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-
+import jobs
 import numpy as np
 import pytest
-from processes import run_ranks
-from training_cases import Batches, references
+from training_cases import Batches
 from training_runs import tiny_model
 
 from mlxlm.data import RowShare
 
-TWO = ["llama dp=2 0", "llama dp=2 3", "llama tp=2 0", "llama pp=2 0", "llama sp=2 0", "bert tp=2 0", "t5 dp=2 2"]
 TWO_MORE = [
     "llama dp=2 1", "llama dp=2 2", "llama-tied pp=2 0 gpipe", "bert dp=2 0", "bert dp=2 1", "bert dp=2 2",
     "bert dp=2 3", "bert pp=2 0", "bert pp=2 0 gpipe", "bert sp=2 0", "t5 dp=2 0", "t5 dp=2 1", "t5 dp=2 3",
@@ -26,11 +23,6 @@ FOUR = [
 EIGHT = ["llama dp=2,tp=2,pp=2 1"]
 
 
-def under_meshes(count, cases):
-    prepare = functools.partial(references, cases=cases)
-    return run_ranks(count, "training_cases", "under_meshes", *cases, limit=60 * count, prepare=prepare)
-
-
 def check(results, case):
     for got in results:
         assert got[f"{case}/moved"] > 0.01
@@ -39,12 +31,12 @@ def check(results, case):
     assert len({float(got[f"{case}/evaluated"]) for got in results}) == 1
 
 
-@pytest.fixture(scope="module")
-def two():
-    return under_meshes(2, TWO)
+@pytest.fixture
+def two(two_ranks):
+    return two_ranks["trained"]
 
 
-@pytest.mark.parametrize("case", TWO)
+@pytest.mark.parametrize("case", jobs.TRAINED)
 def test_two_ranks_train_as_one_process_does(two, case):
     check(two, case)
 
@@ -71,7 +63,7 @@ def test_shards_take_their_part_of_weights_and_optimizer_state(two):
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "cases"), [(2, TWO_MORE), (4, FOUR), (8, EIGHT)])
 def test_other_meshes_train_as_one_process_does(count, cases):
-    results = under_meshes(count, cases)
+    results = jobs.run(count, {"trained": ("training_cases", "under_meshes", cases)}, limit=60 * count)["trained"]
     for case in cases:
         check(results, case)
     if count == 2:

@@ -65,6 +65,9 @@ def references(folder, cases):
         np.savez(folder / f"{name}.reference.npz", losses=losses, **{f"weights/{key}": a for key, a in weights.items()})
 
 
+PREPARE = {"under_meshes": references}
+
+
 def reference(folder, name):
     """What `references` wrote about a model."""
     with np.load(folder / f"{name}.reference.npz") as file:

@@ -60,12 +60,12 @@ def test_any_part_of_a_view_is_that_of_the_array(tmp_path, rule, dtype):
         view = views[name]
         assert view.shape == array.shape
         assert mx.array_equal(view.read(), array)
-        before = view.file.bytes_read
-        for first, last, left, right in ((0, 1, 0, 1), (1, 4, 0, 2), (3, 4, 1, 4), (0, 4, 2, 4), (2, 2, 0, 1)):
+        before, rows = view.file.bytes_read, array.shape[0]
+        for first, last, left, right in ((0, 1, 0, 1), (1, rows, 0, 2), (rows - 1, rows, 1, 4), (1, 1, 0, 1)):
             part = view.read((first, left), (last, right))
             assert part.dtype == array.dtype
             assert mx.array_equal(part, array[first:last, left:right])
-        assert view.file.bytes_read - before == array.itemsize * (1 + 6 + 3 + 8)
+        assert view.file.bytes_read - before == array.itemsize * (1 + 2 * (rows - 1) + 3)
 
 
 def test_what_is_no_view_says_so(tmp_path):

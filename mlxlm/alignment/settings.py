@@ -45,7 +45,10 @@ FROM_PAIRS = ("dpo", "ipo", "simpo", "orpo")
 OVERLONG = ("keep", "filter", "penalise")
 NORMALISATIONS = ("sequence", "token", "constant")
 # Settings of fine-tuning that have no meaning here.
-_NOT_HERE = ("label_smoothing", "loss_on", "mask_prompt", "packing", "exact_match", "sample_tokens", "best_by")
+_NOT_HERE = (
+    "label_smoothing", "loss_on", "mask_prompt", "chat_template_config", "packing", "exact_match", "sample_tokens",
+    "best_by",
+)  # fmt: skip
 _SLOWER = 0.2  # learning rates are that share of those for fine-tuning
 
 

@@ -11,7 +11,7 @@ from mlxlm.cli.flags import Flag
 ALIGNMENT, ROLLOUTS, VALUES = "Alignment", "Rollouts: ppo, grpo, dr-grpo, dapo", "Values and texts: ppo"
 # Flags of fine-tuning that have no meaning here, or another one.
 _NOT_HERE = ("method", "label_smoothing", "loss_on", "mask_prompt", "packing", "exact_match", "sample_tokens", "test",
-             "loss_chunk", "columns", "chat_template_config", "best_by")  # fmt: skip
+             "loss_chunk", "chat_template_config", "best_by")  # fmt: skip
 
 _OWN = (
     Flag(

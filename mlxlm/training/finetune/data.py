@@ -43,10 +43,6 @@ def read_rows(settings: FinetuneSettings) -> tuple[dict[str, Rows], list[str]]:
         raise DataError(f"{settings.data} has no train rows; it has {', '.join(splits)}")
     said = []
     train = splits["train"]
-    hint = renaming(train.rows[0][1])
-    if hint:
-        passed = [name for name in train.rows[0][1] if name not in FORMATS[train.format].keys]
-        said.append(f"rows are taken for {train.format}, without {', '.join(passed)}{hint}")
     if "valid" not in splits and settings.valid_fraction:
         count = min(round(settings.valid_fraction * len(train)), _MOST_HELD_OUT)
         if len(train) < _LEAST_TO_SPLIT or not count:
@@ -61,6 +57,13 @@ def read_rows(settings: FinetuneSettings) -> tuple[dict[str, Rows], list[str]]:
                 f"{settings.valid_fraction:g})"
             )
     return {split: splits[split] for split in ("train", "valid", "test") if split in splits}, said
+
+
+def passed_over(rows: Rows) -> list[str]:
+    """A sentence where the first row has columns that another format would learn from under other names, else none."""
+    hint = renaming(rows.rows[0][1])
+    unread = [name for name in rows.rows[0][1] if name not in FORMATS[rows.format].keys]
+    return [f"rows are taken for {rows.format}, without {', '.join(unread)}{hint}"] if hint else []
 
 
 def located(name: str) -> str:

@@ -313,7 +313,7 @@ def prepare(settings: FinetuneSettings, *, resume: bool = False, say: Say = prin
         check_folder(settings, resume)
     mx.reset_peak_memory()
     splits, said = rows_of.read_rows(settings)
-    for text in said:
+    for text in (*said, *rows_of.passed_over(splits["train"])):
         say(text)
     if settings.test and "test" not in splits:
         raise UsageError(f"{settings.data} has no test rows to measure on; it has {', '.join(splits)}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mlxlm.data.batch import IGNORE
 from mlxlm.data.supervised_chat import LOSS_ON, LossOn, Scored, encode_chat_turns, encode_pieces, with_end
-from mlxlm.data.supervised_rows import Row, Rows
+from mlxlm.data.supervised_rows import Row, Rows, renaming
 from mlxlm.errors import DataError, UsageError, listing, nearest
 
 if TYPE_CHECKING:
@@ -118,7 +118,8 @@ def encode_rows(rows: Rows, tokenizer: Tokenizer, encoding: Encoding) -> tuple[l
     """
     if rows.format not in _ENCODERS:
         purpose = "evaluation (mlxlm evaluate)" if rows.format == "choices" else "preference learning"
-        raise DataError(f"{rows.name}: rows of format {rows.format!r} are for {purpose}, not for this")
+        hint = renaming(rows.rows[0][1])
+        raise DataError(f"{rows.name}: rows of format {rows.format!r} are for {purpose}, not for this{hint}")
     report = Report(rows.name, encoding.truncation, encoding.max_length, rows=len(rows))
     examples: list[Example] = []
     for where, row in rows.rows:

@@ -123,7 +123,8 @@ def check_rows(
         _CHECKS[form](row, where)
         found.append((where, row))
     if not found:
-        raise DataError(f"{name} has no rows; expected one JSON object a line")
+        what = "text" if Path(name).suffix.lower() in TEXT_FILES else "rows; expected one JSON object a line"
+        raise DataError(f"{name} has no {what}")
     return Rows(name, form, found)
 
 

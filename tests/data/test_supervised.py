@@ -7,7 +7,7 @@ import pytest
 
 from mlxlm.data.supervised import Encoding, Example, encode_rows, label_names
 from mlxlm.data.supervised_batches import SupervisedSource, pack_examples, pad_examples
-from mlxlm.data.supervised_rows import check_rows, read_rows, read_splits
+from mlxlm.data.supervised_rows import check_rows, read_rows, read_splits, renaming
 from mlxlm.errors import DataError, UsageError
 
 IGNORE = -100
@@ -160,6 +160,36 @@ def test_tags_stand_on_the_first_token_of_each_word():
     (example,), _ = encode_rows(data, Letters(), Encoding(max_length=9, labels=label_names(data)))
     assert example.label == [1, IGNORE, 0, IGNORE] or example.label == [1, IGNORE, 0]
     assert example.num_targets == 2
+
+
+def test_rows_of_another_purpose_are_told_with_the_columns_that_would_help(tmp_path):
+    with pytest.raises(DataError, match="are for preference learning, not for this; did you mean"):
+        encoded({"prompt": "a", "reply": "b"})
+    with pytest.raises(DataError, match="'choices' are for evaluation"):
+        encoded({"prompt": "a", "choices": ["b", "c"], "answer": 0})
+    (tmp_path / "empty.md").write_text(" \n\n")
+    with pytest.raises(DataError, match=r"empty.md has no text$"):
+        read_rows(tmp_path / "empty.md")
+
+
+@pytest.mark.parametrize(
+    ("row", "hint"),
+    [
+        (
+            {"question": "a", "answer": "b"},
+            "{prompt, completion}? Say so with --columns prompt=question --columns comp",
+        ),
+        ({"sentence": "a", "label": 1}, "{text, label}? Say so with --columns text=sentence"),
+        ({"words": ["a"], "ner_tags": ["O"]}, "{tokens, labels}? Say so with --columns tokens=words --columns labels"),
+        ({"article": "a", "summary": "b"}, "{source, target}? Say so with --columns source=article"),
+        ({"text": "a", "id": 3}, ""),
+        ({"text": "a", "label": "b", "response": "c"}, ""),
+        ({"messages": []}, ""),
+    ],
+)
+def test_usual_names_of_columns_are_known(row, hint):
+    assert hint in renaming(row)
+    assert bool(renaming(row)) == bool(hint)
 
 
 def test_an_unknown_label_is_an_error_with_the_line():

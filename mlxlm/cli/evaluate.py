@@ -149,10 +149,10 @@ class _Progress:
         if not done:
             self.start = self.told = now
             print(f"{count} {what}", file=sys.stderr)
-        elif now - self.told >= self.apart and done < count:
+        elif now - self.told >= self.apart:
             self.told = now
             left = (now - self.start) / done * (count - done)
-            print(f"{done} of {count} answered, {duration(left)} left", file=sys.stderr)
+            print(f"{done} of {count} done, {duration(left)} left", file=sys.stderr)
 
 
 def _print(result: dict[str, Any], start: float) -> None:

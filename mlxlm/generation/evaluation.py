@@ -9,7 +9,7 @@ choices, preference       how often the right one is the likeliest
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +20,13 @@ from mlxlm.generation.classification import classify, head_labels, tag
 from mlxlm.generation.decoding import batch_generate
 from mlxlm.generation.label_scores import score_labels
 from mlxlm.generation.perplexity import perplexity
-from mlxlm.generation.scoring import context_limit, cut_left, score_examples
+from mlxlm.generation.scoring import Progress, context_limit, cut_left, score_examples
 from mlxlm.generation.steps import check_generates
 
 if TYPE_CHECKING:
     from mlxlm.models import Transformer
     from mlxlm.tokenizers import Tokenizer
 
-Progress = Callable[[str, int, int], None]
 _ENDLESS = 2**31 - 1
 _ROOM = 16  # tokens of an answer beyond those of the longest right one
 _TOLD = 8  # batches of answers after which progress is told
@@ -84,7 +83,7 @@ def evaluate_rows(
 ) -> RowScores:
     """Measure a model on rows of one format.
 
-    progress: told what is being done, and of how much of it how much is done, while answers are generated.
+    progress: told what is being done, and how much of it, where that may take long.
     Raises DataError for rows that the model can't read, UnsupportedModelError for a model without the head they need.
     """
     settings = settings or EvaluationSettings()
@@ -92,7 +91,7 @@ def evaluate_rows(
     if rows.format == "text":
         found = perplexity(
             model, tokenizer, [row["text"] for row in values],
-            window=settings.window, stride=settings.stride, batch_size=settings.batch_size,
+            window=settings.window, stride=settings.stride, batch_size=settings.batch_size, progress=progress,
         )  # fmt: skip
         numbers = {
             "loss": found.loss, "perplexity": found.perplexity, "bits_per_byte": found.bits_per_byte,
@@ -102,8 +101,8 @@ def evaluate_rows(
     if rows.format in ("classification", "tagging"):
         return _labels(model, tokenizer, rows, values, settings)
     if rows.format in ("choices", "preference"):
-        return _choices(model, tokenizer, rows, values, settings)
-    return _answers(model, tokenizer, rows, values, settings, progress or (lambda what, done, count: None))
+        return _choices(model, tokenizer, rows, values, settings, progress)
+    return _answers(model, tokenizer, rows, values, settings, progress)
 
 
 def _labels(
@@ -139,7 +138,12 @@ def _labels(
 
 
 def _choices(
-    model: Transformer, tokenizer: Tokenizer, rows: Rows, values: list[dict[str, Any]], settings: EvaluationSettings
+    model: Transformer,
+    tokenizer: Tokenizer,
+    rows: Rows,
+    values: list[dict[str, Any]],
+    settings: EvaluationSettings,
+    progress: Progress | None,
 ) -> RowScores:
     """All choices of all rows are scored together. Between prompt and choice stands a space, unless one of them has
     white space there; of an encoder-decoder the encoder reads the prompt.
@@ -157,7 +161,8 @@ def _choices(
             cut += len(fitted.tokens) < len(example.tokens)
             examples.append(fitted)
             texts.append(choice)
-    scores = iter(zip(texts, examples, score_examples(model, examples, batch_size=settings.batch_size), strict=True))
+    found = score_examples(model, examples, batch_size=settings.batch_size, what="choices to score", progress=progress)
+    scores = iter(zip(texts, examples, found, strict=True))
     predicted: list[Any] = []
     right, chance = 0, []
     for row in values:
@@ -180,7 +185,7 @@ def _answers(
     rows: Rows,
     values: list[dict[str, Any]],
     settings: EvaluationSettings,
-    progress: Progress,
+    progress: Progress | None,
 ) -> RowScores:
     """Perplexity of the right answers (of a chat the assistant's last turn), and exact matches of generated ones."""
     check_generates(model)
@@ -193,7 +198,9 @@ def _answers(
     )
     examples, report = encode_rows(rows, tokenizer, encoding)
     notes = [str(report)] if report.cut or report.dropped_empty else []
-    scores = score_examples(model, examples, batch_size=settings.batch_size)
+    scores = score_examples(
+        model, examples, batch_size=settings.batch_size, what="right answers to score", progress=progress
+    )
     count = sum(score.count for score in scores)
     loss = -math.fsum(score.log_probability for score in scores) / count
     numbers: dict[str, Any] = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "tokens": count}
@@ -203,15 +210,15 @@ def _answers(
         raise UsageError(f"{rows.name}: rows without an answer can't be matched; {report}")
     longest = max(score.count for score in scores)
     most = longest + _ROOM if settings.max_tokens is None else settings.max_tokens
-    what = f"answers of at most {most} tokens (the longest right one has {longest})"
+    what = f"answers to generate, of at most {most} tokens (the longest right one has {longest})"
     predicted: list[str] = []
     while len(predicted) < len(examples):
-        progress(what, len(predicted), len(examples))
+        if progress is not None:
+            progress(what, len(predicted), len(examples))
         part = examples[len(predicted) : len(predicted) + _TOLD * settings.batch_size]
         predicted += batch_generate(
             model, tokenizer, [_prompt(one) for one in part], max_tokens=most, batch_size=settings.batch_size
         )
-    progress(what, len(examples), len(examples))
     numbers["max_tokens"] = most
     right = sum(answer.strip() == _expected(row).strip() for answer, row in zip(predicted, values, strict=True))
     numbers["exact_match"] = right / len(values)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mlxlm.data import Example
 from mlxlm.errors import PromptError, UnsupportedModelError, UsageError
-from mlxlm.generation.scoring import context_limit, score_examples
+from mlxlm.generation.scoring import Progress, context_limit, score_examples
 from mlxlm.generation.steps import check_generates
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def perplexity(
     window: int | None = None,
     stride: int | None = None,
     batch_size: int = 8,
+    progress: Progress | None = None,
 ) -> TextScores:
     """How well a decoder predicts texts, each by itself.
 
@@ -61,7 +62,7 @@ def perplexity(
     first token of a text is not predicted and neither it nor its bytes count.
 
     window: tokens, default the model's context and at most 2048.  stride: default half a window.  batch_size: windows
-    at once. It changes speed and memory, and results by rounding alone.
+    at once. It changes speed and memory, and results by rounding alone.  progress: told before each batch.
 
     Raises UnsupportedModelError for a model that is no decoder, PromptError when no token is left to predict.
     """
@@ -87,7 +88,8 @@ def perplexity(
             ids, unread = _with_start(tokenizer, text)
             examples += windows(ids, window, stride)
             size += max(len(text.encode()) - unread, 0)
-        for score in score_examples(model, examples, batch_size=batch_size):
+        what = f"windows of {window} tokens, of texts {first + 1} to {min(first + _TEXTS, len(texts))} of {len(texts)}"
+        for score in score_examples(model, examples, batch_size=batch_size, what=what, progress=progress):
             losses.append(-score.log_probability)
             tokens += score.count
     if not tokens or not size:

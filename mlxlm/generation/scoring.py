@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -33,11 +33,21 @@ class Score:
     greedy: bool
 
 
-def score_examples(model: Transformer, examples: Sequence[Example], *, batch_size: int = 16) -> list[Score]:
+Progress = Callable[[str, int, int], None]  # is told what is done, how much of it is, and of how much
+
+
+def score_examples(
+    model: Transformer,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 16,
+    what: str = "texts to score",
+    progress: Progress | None = None,
+) -> list[Score]:
     """Scores of each example's targets, in the order given. Virtual tokens of an adapter stand before all of them.
 
     examples: what a model reads and which tokens are targets, as `mlxlm.data` has them.  batch_size: examples at once,
-    of like length; it changes speed and memory, and results by rounding alone.
+    of like length; it changes speed and memory, and results by rounding alone.  what, progress: told before each batch.
 
     Raises UsageError for a batch_size below 1, PromptError for ids and lengths that the model doesn't have,
     WeightsError when its logits are not numbers.
@@ -55,6 +65,8 @@ def score_examples(model: Transformer, examples: Sequence[Example], *, batch_siz
     scores: dict[int, Score] = {}
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
+        if progress is not None:
+            progress(what, start, len(order))
         scores.update(zip(part, _score(model, [examples[index] for index in part]), strict=True))
     return [scores[index] for index in range(len(examples))]
 

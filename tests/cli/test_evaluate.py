@@ -58,10 +58,17 @@ def test_what_takes_long_is_told_with_its_limit(mlxlm_command, tiny_directory, t
     status, out, err = mlxlm_command("evaluate", "--model", tiny_directory, "--data", data, *more)
     assert status == 0, err
     longest = json.loads(out)["max_tokens"] - 16
-    assert f"18 answers of at most {longest + 16} tokens (the longest right one has {longest})" in err
-    assert "8 of 18 answered" in err
+    assert f"18 answers to generate, of at most {longest + 16} tokens (the longest right one has {longest})" in err
+    assert err.index("18 right answers to score") < err.index("1 of 18 done") < err.index("18 answers to generate")
+    assert "8 of 18 done" in err.split("answers to generate")[1]
     status, out, err = mlxlm_command("evaluate", "--model", tiny_directory, "--data", data, "--no-generate")
-    assert (status, "answers of" in err, "exact_match" in out) == (0, False, False)
+    assert (status, "to generate" in err, "exact_match" in out) == (0, False, False)
+    (tmp_path / "a.txt").write_text("a long text " * 20)
+    more = ["--max-seq-length", 8, "--batch-size", 2]
+    status, out, err = mlxlm_command("evaluate", "--model", tiny_directory, "--data", tmp_path / "a.txt", *more)
+    assert status == 0, err
+    assert "windows of 8 tokens, of texts 1 to 1 of 1" in err
+    assert "2 of " in err
 
 
 def test_an_adapter_is_measured(mlxlm_command, tiny_directory, tmp_path):

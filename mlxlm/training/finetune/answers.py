@@ -132,11 +132,16 @@ def label_measures(
 
 
 def exact_matches(
-    model: Transformer, tokenizer: Tokenizer, kind: Kind, examples: Sequence[Example], wanted: int | None
+    model: Transformer,
+    tokenizer: Tokenizer,
+    kind: Kind,
+    examples: Sequence[Example],
+    wanted: int | None,
+    say: Callable[[str], None],
 ) -> dict[str, float]:
     """Share of the first `wanted` examples that are answered word for word, blanks around them aside; {} for none.
 
-    wanted: None for 100 where the typical answer is short, and the rows say what is prompt and what is answer.
+    say: shows a line.  wanted: None for 100 where the typical answer is short, and the rows say what is prompt and what is answer.
     """
     asked = askable(examples, kind, len(examples))
     if kind == "words":
@@ -148,6 +153,7 @@ def exact_matches(
         return {}
     chosen = asked[: 100 if wanted is None else wanted]
     most = max(lengths[: len(chosen)]) + 4
+    say(f"answering {len(chosen)} of them, each in at most {most} tokens")
     found = answers(model, tokenizer, kind, (), chosen, most)
     right = [tokenizer.decode(_question(example)[1]).strip() for example in chosen]
     return {

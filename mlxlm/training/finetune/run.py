@@ -246,6 +246,7 @@ class Run:
 
     def _measures(self, trainer: Trainer, split: str, final: bool = False) -> dict[str, float]:
         examples, settings = self.examples, self.settings
+        self.say(f"measuring on {len(examples.measured(split, settings))} rows ({split})")
         if examples.kind in ("sequence", "tokens"):
             made, scores = self._label_measures(split)
             return {"loss": made.loss, **scores}
@@ -255,7 +256,7 @@ class Run:
         if final:
             kind, rows = examples.kind, examples.splits[split]
             with self.joined.serving():
-                found |= exact_matches(self.model, self.tokenizer, kind, rows, settings.exact_match)
+                found |= exact_matches(self.model, self.tokenizer, kind, rows, settings.exact_match, self.say)
         return found
 
     def _label_measures(self, split: str) -> tuple[Evaluation, dict[str, float]]:

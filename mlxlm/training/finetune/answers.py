@@ -141,7 +141,8 @@ def exact_matches(
 ) -> dict[str, float]:
     """Share of the first `wanted` examples that are answered word for word, blanks around them aside; {} for none.
 
-    say: shows a line.  wanted: None for 100 where the typical answer is short, and the rows say what is prompt and what is answer.
+    wanted: None for 100 where the typical answer is short, and the rows say what is prompt and what is answer.  say:
+    shows a line.
     """
     asked = askable(examples, kind, len(examples))
     if kind == "words":

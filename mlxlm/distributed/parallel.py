@@ -45,12 +45,12 @@ class Parallel:
         matrices; pipeline: the stages, None without.
         lazy: whether all communication is part of MLX's graphs, which can then be compiled.
         recomputes: whether all layers must be computed again for gradients.
-        joins: whether small weights that are kept may be joined: not where their parts are told apart by name.
+        alone: False; see `mlxlm.training.communicator`.
 
     Raises UsageError for a model that the mesh can't share.
     """
 
-    joins = False
+    alone = False
 
     def __init__(self, world: World, mesh: Mesh, model: Transformer, *, zero: int = 0, schedule: str = "1f1b"):
         if mesh.size != world.size:

@@ -19,7 +19,7 @@ class Communicator:
 
     lazy: whether a step with its communication can be compiled.  recomputes: whether all layers must be computed again
     for gradients.  sharded: whether what is kept of trained weights differs from what the model computes with.
-    joins: whether small weights that are kept may be joined.
+    alone: whether there is no other process, so that small weights may be kept joined and a step launched early.
     first: whether this process writes what is written once, and reports.  pipeline: the stages of the model, with
     `sums` and `loss`, where this process has only one of them.
     """
@@ -27,7 +27,7 @@ class Communicator:
     lazy = True
     recomputes = False
     sharded = False
-    joins = True
+    alone = True
     first = True
     pipeline: Any = None
 

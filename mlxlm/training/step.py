@@ -67,7 +67,7 @@ class Step:
         self._convert_frozen(trained)
         trained = self.communicator.keep(trained)
         # Elsewhere an update of each array by itself is as fast, and takes less memory.
-        joins = self.compiled and settings.optimizer in ELEMENTWISE and self.communicator.joins
+        joins = self.compiled and settings.optimizer in ELEMENTWISE and self.communicator.alone
         self.packing = Packing(trained, JOINED if joins else 0)
         trained = self.packing.pack(trained)
         self.state: dict[str, Any] = {"parameters": trained}

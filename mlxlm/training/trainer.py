@@ -150,7 +150,7 @@ class Trainer:
         self._last_loss: float | None = None
 
     def _make_checkpoints(self, folder: Path) -> Checkpoints:
-        if type(self.communicator) is Communicator:
+        if self.communicator.alone:
             return Checkpoints(folder, self.settings.keep_last)
         from mlxlm.training.checkpoint_pieces import SharedCheckpoints
 
@@ -279,6 +279,7 @@ class Trainer:
         settings, number = self.settings, self.progress.step + 1
         return (
             self.step.compiled
+            and self.communicator.alone
             and settings.accumulation == 1
             and number < min(last, settings.steps)
             and not self._evaluation_due(number)

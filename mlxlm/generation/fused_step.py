@@ -30,12 +30,15 @@ class Unserved(Exception):
     """What of a model the kernels don't serve."""
 
 
-def fits(cache: Cache, rows: int) -> bool:
-    """Whether a step over the cache can be a fused one: one row, all tokens kept, as plain arrays."""
-    return rows == 1 and all(
-        type(layer) is KeyValueCache and type(layer.storage) is FloatStorage and layer.keys is not None
-        and not layer.virtual for layer in cache
-    )  # fmt: skip
+def is_plain(cache: Cache) -> bool:
+    """Whether a cache holds all tokens as plain arrays, and a prompt: what steps compiled as a whole need."""
+    return all(
+        type(layer) is KeyValueCache
+        and type(layer.storage) is FloatStorage
+        and layer.keys is not None
+        and not layer.virtual
+        for layer in cache
+    )
 
 
 class FusedLayers:

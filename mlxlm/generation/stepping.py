@@ -4,7 +4,8 @@ A step of a small batch is bound by the host: Python builds the graph, MLX encod
 first share away and fuse elementwise operations; only the attention between them is built anew, because what it sees
 grows with every token (its kernel for few queries wants no mask, so it wants the keys cut to length). Compiled as a
 whole, nothing is built, but attention runs over all room of the cache with a mask. Fused is compiled as a whole too,
-from kernels for one token (`fused_step`), about half as many; only some decoders have them, and only a single row.
+from kernels for one token (`fused_step`), about half as many; only some decoders have them, and only a single row, so
+others take the form that comes next.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mlx.utils import tree_flatten
 
 from mlxlm import runtime
 from mlxlm.errors import UsageError, nearest
-from mlxlm.generation.fused_step import FusedLayers, Unserved, fits
+from mlxlm.generation.fused_step import FusedLayers, Unserved, is_plain
 from mlxlm.layers import Block, Cache, CacheSpec, KeyValueCache, ParallelBlock, Scope, TokenPositions, WindowCache
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ class Stepping:
     """How decoding steps run; results are the same.
 
     joined: projections that read the same input as one product.  compiled: "no", "pieces" (all between attention and
-    attention), "whole", or "fused": kernels for one token where the model and its cache have them, pieces elsewhere.
-    ahead: steps launched before a token is read, at least 1.
+    attention), "whole", or "fused": kernels for one token where the model has them, else whole, or pieces where the cache
+    is no plain one.  ahead: steps launched before a token is read, at least 1.
     """
 
     joined: bool = True
@@ -126,7 +127,7 @@ def _keeps_all(model: Transformer, stepping: Stepping) -> bool:
     if stepping.compiled != "fused" or model.config.has_memory or model.config.decoder is None:
         return False
     step = make_step(model, stepping)
-    return isinstance(step, FusedStep) and step.whole is not None
+    return isinstance(step, FusedStep) and step.fused is not None
 
 
 def forget_steps(model: Transformer) -> None:
@@ -229,20 +230,23 @@ class WholeStep:
 
 
 class FusedStep:
-    """A step in kernels for one token (`fused_step`), where the model and the cache have them; else in pieces.
+    """A step in kernels for one token (`fused_step`) where the model has them and there is one row; else compiled as a
+    whole, or in pieces where the cache is no plain one.
 
-    whole: the fused step, None for a model that they don't serve; `reason` says why.
+    fused: None for a model that the kernels don't serve; `reason` says why.
     """
 
     def __init__(self, model: Transformer):
-        self._pieces = PiecewiseStep(model)
-        self.whole: WholeStep | None = None
+        self._pieces, self._whole = PiecewiseStep(model), WholeStep(model)
+        self.fused: WholeStep | None = None
         self.reason = ""
         try:
-            self.whole = WholeStep(model, FusedLayers(model))
+            self.fused = WholeStep(model, FusedLayers(model))
         except Unserved as reason:
             self.reason = str(reason)
 
     def __call__(self, tokens: mx.array, cache: Cache) -> mx.array:
-        fused = self.whole is not None and fits(cache, tokens.shape[0])
-        return (self.whole if fused else self._pieces)(tokens, cache)  # type: ignore[misc]
+        if not is_plain(cache):
+            return self._pieces(tokens, cache)
+        fused = self.fused if tokens.shape[0] == 1 else None
+        return (fused or self._whole)(tokens, cache)

@@ -1,4 +1,4 @@
-"""Fused decoding steps, their kernels on the emulator, give the logits of the whole; other models step in pieces."""
+"""Fused decoding steps, their kernels on the emulator, give the logits of the whole; other models take other forms."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check(model, device, tolerance=2e-4):
     tokens = tokens_of(model)
     wanted = np.array(model(tokens))
     step = device.run(FusedStep, model)
-    assert step.whole is not None, step.reason
+    assert step.fused is not None, step.reason
     cache = model.make_cache(CacheSpec(ragged=True))
     model.hidden(tokens[:, :10], cache=cache)
     for place in range(10, 14):
@@ -99,12 +99,12 @@ def test_of_quantized_weights_too(tiny_llama, device):
         ("glm4", None),
     ],
 )
-def test_what_the_kernels_do_not_serve_is_said_and_steps_in_pieces(fixture_model, device, name, words):
+def test_what_the_kernels_do_not_serve_is_said_and_takes_another_form(fixture_model, device, name, words):
     model = load_model(fixture_model(name))
     model.join_projections()
     step = device.run(FusedStep, model)
     if words is not None:
-        assert step.whole is None
+        assert step.fused is None
         assert words in step.reason
     tokens = tokens_of(model)
     wanted = np.array(model(tokens))
@@ -113,7 +113,7 @@ def test_what_the_kernels_do_not_serve_is_said_and_steps_in_pieces(fixture_model
     np.testing.assert_allclose(np.array(device.run(step, tokens[:, 13], cache)), wanted[:, 13], atol=2e-4)
 
 
-def test_several_rows_and_other_caches_step_in_pieces(tiny_llama, device):
+def test_several_rows_and_other_caches_take_another_form(tiny_llama, device):
     model = tiny_llama
     model.join_projections()
     step = device.run(FusedStep, model)
@@ -127,7 +127,7 @@ def test_several_rows_and_other_caches_step_in_pieces(tiny_llama, device):
 
 def test_the_cpu_has_no_such_kernels(tiny_llama):
     step = make_step(tiny_llama, Stepping(compiled="fused"))
-    assert step.whole is None
+    assert step.fused is None
     assert "GPU" in step.reason
     assert decoding_cache(tiny_llama, stepping=Stepping(compiled="fused")).length == 0
 

@@ -35,8 +35,8 @@ class Stepping:
     """How decoding steps run; results are the same.
 
     joined: projections that read the same input as one product.  compiled: "no", "pieces" (all between attention and
-    attention), "whole", or "fused": kernels for one token where the model has them, else whole, or pieces where the cache
-    is no plain one.  ahead: steps launched before a token is read, at least 1.
+    attention), "whole", or "fused": kernels for one token where the model has them, else whole, or in pieces where the
+    cache is no plain one.  ahead: steps launched before a token is read, at least 1.
     """
 
     joined: bool = True

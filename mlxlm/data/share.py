@@ -31,6 +31,11 @@ class _Share:
         return self.source.epoch
 
     @property
+    def batches_per_epoch(self) -> int | None:
+        """Batches of a pass, None where the source does not say."""
+        return getattr(self.source, "batches_per_epoch", None)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that all processes together have read."""
         return self.source.num_tokens

@@ -8,7 +8,6 @@ run can go on with other processes, or with one.
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -80,11 +79,19 @@ class SharedCheckpoints(Checkpoints):
         if self.parallel.first:
             super()._remove_but(kept, steps)
 
-    def forget_after(self, step: int) -> None:
-        """See `Checkpoints.forget_after`."""
-        later = [one for one in self.steps() if one > step]
-        for one in later if self.parallel.first else ():
-            self._remove(self.path(one))
+    def newest_whole(self) -> tuple[int | None, list[str]]:
+        """See `Checkpoints.newest_whole`, as the first process sees it."""
+        return tuple(self.world.share(Checkpoints(self.run).newest_whole() if self.parallel.first else None))
+
+    def recover(self) -> None:
+        """See `Checkpoints.recover`."""
+        if self.parallel.first:
+            super().recover()
+
+    def set_aside_after(self, step: int) -> None:
+        """See `Checkpoints.set_aside_after`."""
+        if self.parallel.first:
+            Checkpoints(self.run).set_aside_after(step)
 
     def _write(self, folder: Path, state: TrainingState) -> dict[str, int]:
         """Write what this process alone holds; sizes of files by name."""
@@ -115,11 +122,7 @@ class SharedCheckpoints(Checkpoints):
             )
         write_json_atomic(temporary / "state.json", {"files": files, **values})
         sync_directory(temporary)
-        target = self.path(step)
-        if target.exists():
-            self._remove(target)
-        os.rename(temporary, target)
-        sync_directory(self.folder)
+        self._publish_folder(temporary, self.path(step))
 
     def _all(self, function: Callable[[], Any], target: Path) -> list[Any]:
         """What a function gives in every process. Raises CheckpointError everywhere when one can't do it."""

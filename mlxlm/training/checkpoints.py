@@ -4,7 +4,8 @@
     RUN/best.json                    which checkpoint had the lowest loss on the validation data
 
 A checkpoint is written under a hidden name, brought to the disk, and only then renamed; it is removed in the opposite
-order. So whatever moment the process or the machine stops at, each `step-` folder is complete.
+order. So whatever moment the process or the machine stops at, each `step-` folder is complete. One that is damaged
+later is passed over: a run goes on from the newest whole one.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxlm.checkpoint import read_json, save_safetensors, write_json_atomic
+from mlxlm.checkpoint import open_safetensors, read_json, save_safetensors, write_json_atomic
 from mlxlm.checkpoint.files import sync_directory, unwritable
 from mlxlm.errors import CheckpointError, MlxlmError
 
 Arrays = dict[str, mx.array]
 
 _NAME = re.compile(r"step-(\d{8,})\Z")
+_REPLACED = ".replaced"
 _PARTS = ("parameters", "optimizer", "average")
 
 
@@ -51,11 +53,38 @@ class Checkpoints:
         self.run, self.folder, self.keep_last = folder, folder / "checkpoints", keep_last
 
     def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending."""
+        """Steps of the checkpoints, ascending."""
         if not self.folder.is_dir():
             return []
-        found = [(_NAME.match(path.name), path) for path in self.folder.iterdir()]
-        return sorted(int(match.group(1)) for match, path in found if match and (path / "state.json").is_file())
+        return sorted(int(match.group(1)) for path in self.folder.iterdir() if (match := _NAME.match(path.name)))
+
+    def newest_whole(self) -> tuple[int | None, list[str]]:
+        """The step of the newest whole checkpoint, None without one, and what is wrong with each newer one."""
+        problems = []
+        for step in reversed(self.steps()):
+            problem = self._damage(step)
+            if problem is None:
+                return step, problems
+            problems.append(problem)
+        return None, problems
+
+    def _damage(self, step: int) -> str | None:
+        """Which file of a checkpoint is missing, of another size than was written, or unreadable; None when whole."""
+        path = self.path(step)
+        try:
+            for files in checked_files(path, step, read_json(path / "state.json")).values():
+                for file in files:
+                    open_safetensors(file)
+        except MlxlmError as error:
+            return str(error)
+        return None
+
+    def recover(self) -> None:
+        """Give the name back to a checkpoint whose process was killed between taking it and naming the new one."""
+        for path in self.folder.glob(f".*{_REPLACED}") if self.folder.is_dir() else ():
+            target = self.folder / path.name[1:].removesuffix(_REPLACED)
+            if not target.exists():
+                os.rename(path, target)
 
     def path(self, step: int) -> Path:
         """The folder of a step's checkpoint."""
@@ -74,15 +103,22 @@ class Checkpoints:
                 sizes[file.name] = file.stat().st_size
             write_json_atomic(temporary / "state.json", {"files": sizes, **state.values})
             sync_directory(temporary)
-            if target.exists():
-                self._remove(target)  # of the same step, before a run was continued from an earlier one
-            os.rename(temporary, target)
-            sync_directory(self.folder)
+            self._publish_folder(temporary, target)
         except OSError as error:
             raise unwritable(target, error) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         return target
+
+    def _publish_folder(self, temporary: Path, target: Path) -> None:
+        """Give a complete checkpoint its name, in place of one of the same step, if there is one: see `recover`."""
+        replaced = target.with_name(f".{target.name}{_REPLACED}")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if target.exists():
+            os.rename(target, replaced)
+        os.rename(temporary, target)
+        sync_directory(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
 
     def load(self, step: int) -> TrainingState:
         """A checkpoint. Raises CheckpointError for one that is missing or whose files have been changed."""
@@ -116,11 +152,17 @@ class Checkpoints:
         for rest in self.folder.glob(".*.tmp") if self.folder.is_dir() else ():
             shutil.rmtree(rest, ignore_errors=True)
 
-    def forget_after(self, step: int) -> None:
-        """Remove the checkpoints of later steps: the run goes on from this one."""
-        for later in self.steps():
-            if later > step:
-                self._remove(self.path(later))
+    def set_aside_after(self, step: int) -> None:
+        """Rename the checkpoints of later steps, which are damaged, to `damaged-step-...`: the run goes on from this
+        one. None of them is the best one any more.
+        """
+        later = [one for one in self.steps() if one > step]
+        for one in later:
+            aside = self.folder / f"damaged-{self.path(one).name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(self.path(one), aside)
+        if self.best() in later:
+            (self.run / "best.json").unlink()
 
     def _remove(self, path: Path) -> None:
         """Take the name away first, so that no half-removed checkpoint ever has it."""
@@ -138,7 +180,8 @@ def checked_files(path: Path, step: int, values: dict[str, Any]) -> dict[str, li
     for name, size in values.pop("files", {}).items():
         file = path / name
         if not file.is_file() or file.stat().st_size != size:
-            raise CheckpointError(f"{file} is not the file that was saved: expected {size} bytes")
+            there = f"it has {file.stat().st_size:,} bytes" if file.is_file() else "it is missing"
+            raise CheckpointError(f"{file} is damaged: {there}, {size:,} bytes were saved")
         found.setdefault(file.stem.partition("-")[0], []).append(file)
     missing = {"parameters", "optimizer"} - found.keys()
     if missing or values.get("step") != step or found.keys() - set(_PARTS):

@@ -1,4 +1,4 @@
-"""Loss and perplexity over a whole set of validation data."""
+"""Loss and perplexity over validation data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlxlm.training.step import Step
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: mean over all targets of the set, natural logarithm.  count: of targets.  perplexity: exp(loss)."""
+    """loss: mean over all targets gone through, natural logarithm.  count: of targets.  perplexity: exp(loss)."""
 
     loss: float
     count: int
@@ -28,17 +28,26 @@ class EvaluationStopped(Exception):
     """An evaluation was left before its end, because the run is asked to stop."""
 
 
-def evaluate(step: Step, source: Any, stopped: Callable[[], bool] = lambda: False) -> Evaluation:
-    """Loss over all batches of a source, the last partial one included, every target weighing the same.
+def evaluate(
+    step: Step,
+    source: Any,
+    stopped: Callable[[], bool] = lambda: False,
+    *,
+    most: int | None = None,
+    told: Callable[[int], None] = lambda done: None,
+) -> Evaluation:
+    """Loss over the batches of a source, the last partial one included, every target weighing the same.
 
-    stopped: asked before each batch whether to leave.  Raises DataError when there is no target, EvaluationStopped.
+    stopped: asked before each batch whether to leave.  most: batches to go through, None for all.  told: is told after
+    each batch how many are done.  Raises DataError when there is no target, EvaluationStopped.
     """
-    total, count = 0.0, 0
-    while (batch := source.next()) is not None:
+    total, count, done = 0.0, 0, 0
+    while (most is None or done < most) and (batch := source.next()) is not None:
         if stopped():
             raise EvaluationStopped
         loss, targets = step.evaluate(batch)
-        total, count = total + loss, count + targets
+        total, count, done = total + loss, count + targets, done + 1
+        told(done)
     if count == 0:
         raise DataError("the validation data has no targets, so there is no loss to measure")
     return Evaluation(total / count, count)

@@ -17,6 +17,7 @@ from mlxlm.errors import TrainingError
 _OF_STEPS = (
     "step", "loss", "learning_rate", "gradient_norm", "tokens", "tokens_per_second", "memory", "skipped",
 )  # fmt: skip
+_SILENCE = 10.0  # seconds of an evaluation without a line
 # What every evaluation has; anything else is a measure of the run's own.
 _OF_EVALUATIONS = ("step", "valid_loss", "perplexity", "count")
 
@@ -41,6 +42,9 @@ class Reporter:
     def on_evaluation(self, metrics: dict[str, Any]) -> None:
         """The validation data has been gone through."""
 
+    def on_evaluating(self, progress: dict[str, Any]) -> None:
+        """A batch of the validation data is done: step, done, and batches, all of them, None where nothing says it."""
+
     def on_message(self, text: str) -> None:
         """Something a person should know."""
 
@@ -49,13 +53,15 @@ class Reporter:
 
 
 class MetricsFile(Reporter):
-    """`RUN/metrics.jsonl`: one JSON object a report. A resumed run cuts off what came after its checkpoint.
+    """`RUN/metrics.jsonl`: one JSON object a report. A resumed run cuts off what came after its checkpoint, and what it
+    would tell of that step once more is left out: the line that is there already is kept.
 
     Numbers that aren't finite are written as null.
     """
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder) / "metrics.jsonl"
+        self._there: set[tuple[int, bool]] = set()  # step and whether it is an evaluation
 
     def on_start(self, trainer: Any) -> None:
         """Keep the lines up to the step where the run goes on, whole ones alone."""
@@ -63,6 +69,7 @@ class MetricsFile(Reporter):
         if self.path.is_file():
             kept = [row for row in read_metrics(self.path) if row["step"] <= trainer.progress.step]
             write_bytes_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+            self._there = {(row["step"], "valid_loss" in row) for row in kept}
 
     def on_metrics(self, metrics: dict[str, Any]) -> None:
         """Append a line."""
@@ -73,6 +80,8 @@ class MetricsFile(Reporter):
         self._append(metrics)
 
     def _append(self, metrics: dict[str, Any]) -> None:
+        if (metrics["step"], "valid_loss" in metrics) in self._there:
+            return
         row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in metrics.items()}
         try:
             with open(self.path, "a", encoding="utf-8") as file:
@@ -115,6 +124,7 @@ class Console(Reporter):
         self._task: Any = None
         self._steps = 0
         self._started, self._first = time.perf_counter(), 0
+        self._text, self._told = "", 0.0
 
     def on_start(self, trainer: Any) -> None:
         """Set up the line; say how much is trained, and where a resumed run goes on."""
@@ -124,6 +134,10 @@ class Console(Reporter):
         self._say(f"training {count:,} parameters" + (f", from step {self._first}" if self._first else ""))
         if runtime.backend() == "cpu" and trainer.settings.dtype in ("bfloat16", "float16"):
             self._say(f"dtype {trainer.settings.dtype}: on the CPU products of 16 bits are about ten times slower")
+        batches, there = trainer.validation_batches()
+        if there is not None and batches is not None:
+            of = f"{batches} of {there} batches" if batches < there else f"all {there} batches"
+            self._say(f"an evaluation goes through {of} of the validation data (val_batches)")
         if self.stream.isatty():
             self._open()
 
@@ -141,9 +155,22 @@ class Console(Reporter):
             self._live.update(self._task, completed=metrics["step"], description=text)
         else:
             self._say(f"step {metrics['step']}/{self._steps}  {text}  {duration(left)} left")
+        self._text, self._told = text, time.perf_counter()
+
+    def on_evaluating(self, progress: dict[str, Any]) -> None:
+        """How far the evaluation is: in the line, or where there is none in a new one every ten seconds."""
+        of = "" if progress["batches"] is None else f"/{progress['batches']}"
+        text = f"validation {progress['done']}{of}"
+        if self._live is not None:
+            self._live.update(self._task, description=f"{self._text}  {text}")
+        elif time.perf_counter() - self._told >= _SILENCE:
+            self._told = time.perf_counter()
+            self._say(f"step {progress['step']}  {text}")
 
     def on_evaluation(self, metrics: dict[str, Any]) -> None:
         """A line of its own."""
+        if self._live is not None:
+            self._live.update(self._task, description=self._text)
         own = {name: value for name, value in metrics.items() if name not in _OF_EVALUATIONS}
         more = "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in own.items())
         self._say(

@@ -33,9 +33,10 @@ class TrainSettings:
     cache_limit: bytes of freed buffers that MLX may keep for reuse while the run lasts, 0 for none; None, the default,
     leaves the limit as it is. Less memory, and slower the lower it is.
     compile: the step, None for yes on a GPU.  seed: of dropout.
-    evaluate_every, save_every, report_every: in steps; 0 for the end alone.  best_by: by what the best weights are
-    told, "loss" (the default, the lowest) or a measure that the task has besides, such as "accuracy" (the highest; of
-    equal ones the loss decides).  patience: evaluations without better weights after which to stop, 0 never.
+    evaluate_every, save_every, report_every: in steps; 0 for the end alone.  val_batches: of the validation data in an
+    evaluation, the same ones each time, default 100, -1 for all.  best_by: by what the best weights are told, "loss"
+    (the default, the lowest) or a measure that the task has besides, such as "accuracy" (the highest; of equal ones the
+    loss decides).  patience: evaluations without better weights after which to stop, 0 never.
     keep_last: newest checkpoints kept beside the best one.
     final_weights: "last", the default, or "best": a run that ends leaves the weights of its last step in the model, or
     those of the checkpoint that was best on the validation data.
@@ -65,6 +66,7 @@ class TrainSettings:
     compile: bool | None = None
     seed: int = 0
     evaluate_every: int = 0
+    val_batches: int = 100
     save_every: int = 0
     report_every: int = 10
     best_by: str = "loss"
@@ -108,6 +110,7 @@ class TrainSettings:
             "evaluate_every": (self.evaluate_every >= 0, "0 or more"),
             "save_every": (self.save_every >= 0, "0 or more"),
             "report_every": (self.report_every >= 0, "0 or more"),
+            "val_batches": (self.val_batches >= 1 or self.val_batches == -1, "a number of batches, or -1 for all"),
             "patience": (self.patience >= 0, "0 or more"),
             "keep_last": (self.keep_last >= 1, "at least 1"),
             "max_skipped": (self.max_skipped >= 0, "0 or more"),

@@ -16,7 +16,12 @@ class TensorBoard(Reporter):
     """
 
     def __init__(self, folder: str | Path):
-        self._writer = _tensorboard_writer()(str(Path(folder) / "tensorboard"))
+        self._kind, self._folder, self._writer = _tensorboard_writer(), str(Path(folder) / "tensorboard"), None
+
+    def on_start(self, trainer: Any) -> None:
+        """Open a file. In a resumed run it says that what came after the checkpoint is not to be shown."""
+        first = trainer.progress.step
+        self._writer = self._kind(self._folder, purge_step=first + 1 if first else None)
 
     def on_metrics(self, metrics: dict[str, Any]) -> None:
         """Write every number under train/."""
@@ -28,7 +33,8 @@ class TensorBoard(Reporter):
 
     def on_end(self, trainer: Any) -> None:
         """Close the file."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
     def _write(self, group: str, metrics: dict[str, Any]) -> None:
         for name, value in metrics.items():

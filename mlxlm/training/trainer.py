@@ -78,18 +78,18 @@ class Result:
 
 @dataclass
 class _Clock:
-    """Time and tokens since the last report."""
+    """Time and tokens of this process since the last report; what was done before a run was resumed is not in it."""
 
-    start: float = field(default_factory=time.perf_counter)
     since: float = field(default_factory=time.perf_counter)
     paused: float = 0.0
+    tokens: int = 0
 
     def lap(self) -> float:
-        """Seconds of training since the last lap, evaluation and saving left out."""
+        """Tokens per second of training since the last lap, evaluation and saving left out; NaN without a step."""
         now = time.perf_counter()
-        seconds = now - self.since - self.paused
-        self.since, self.paused = now, 0.0
-        return max(seconds, 1e-9)
+        speed = self.tokens / max(now - self.since - self.paused, 1e-9) if self.tokens else math.nan
+        self.since, self.paused, self.tokens = now, 0.0, 0
+        return speed
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,8 @@ class Trainer:
         self._clock = _Clock()
         self._interruption = Interruption()
         self._last_loss: float | None = None
+        self._told = -1  # step of the newest report
+        self._saved: tuple[int, int] | None = None  # step of the newest checkpoint, and of the evaluation in it
 
     def _make_checkpoints(self, folder: Path) -> Checkpoints:
         if self.communicator.alone:
@@ -162,20 +164,17 @@ class Trainer:
     def run(self, *, resume: bool = False, until: int | None = None) -> Result:
         """Train to the last step, or to step `until`.
 
-        resume: go on from the newest checkpoint in the folder, exactly as if the run had not stopped.
+        resume: go on from the newest whole checkpoint in the folder, exactly as if the run had not stopped. Damaged
+        ones after it are told of and renamed.
 
         Raises UsageError when the folder holds a run and resume is False, TrainingError when gradients stay without
-        a finite value, CheckpointError when the last checkpoint can't be written.
+        a finite value, CheckpointError when the last checkpoint can't be written or all that there are are damaged.
         """
         with locked(self.folder if self.communicator.first else None):
-            found = self.checkpoints.steps() if self.checkpoints is not None else []
-            if found and not resume:
-                raise UsageError(
-                    f"{self.folder} holds a run of {found[-1]} steps: resume it, or choose another folder for a new one"
-                )
-            if found:
-                self._restore(found[-1])
+            damaged = [] if self.checkpoints is None else self._take_over(self.checkpoints, resume)
             self._tell("on_start", self)
+            for problem in damaged:
+                self._tell("on_message", f"{problem}; the run goes on from the whole checkpoint before it")
             self._clock = _Clock()
             try:
                 with Interruption() as self._interruption, _cache_limit(self.settings.cache_limit):
@@ -188,6 +187,24 @@ class Trainer:
             progress.step, reason, self._last_loss, progress.best, progress.best_step, progress.tokens,
             progress.skipped, len(self.step.shapes),
         )  # fmt: skip
+
+    def _take_over(self, checkpoints: Checkpoints, resume: bool) -> list[str]:
+        """Take over what the folder holds of a run; what is wrong with checkpoints that had to be passed over."""
+        checkpoints.recover()
+        found = checkpoints.steps()
+        if found and not resume:
+            raise UsageError(
+                f"{self.folder} holds a run of {found[-1]} steps: resume it, or choose another folder for a new one"
+            )
+        whole, damaged = checkpoints.newest_whole()
+        if whole is None and damaged:
+            raise CheckpointError(
+                f"{damaged[0]}; no checkpoint of this run is whole, so it can't go on: put the file back from a copy, "
+                "or start a new run in another folder (pretrain: --output, finetune and align: --adapter-path)"
+            )
+        if whole is not None:
+            self._restore(whole)
+        return damaged
 
     def _train(self, last: int) -> str:
         """The loop and what follows it; why it ended."""
@@ -227,10 +244,28 @@ class Trainer:
         return {"parameters": self.step.parameters} | ({} if average is None else {"average": average})
 
     def evaluate(self) -> Evaluation:
-        """Loss over the whole validation data, with the averaged weights where they are kept."""
+        """Loss over the validation data, `val_batches` of it, with the averaged weights where they are kept."""
         if self.valid is None:
             raise UsageError("there is no validation data to evaluate on")
-        return evaluate(self.step, self.valid(), lambda: self._signal() is not None)
+        source, step = self.valid(), self.progress.step
+        batches, _ = self._counts(source)
+
+        def told(done: int) -> None:
+            self._tell("on_evaluating", {"step": step, "done": done, "batches": batches})
+
+        return evaluate(self.step, source, lambda: self._signal() is not None, most=batches, told=told)
+
+    def validation_batches(self) -> tuple[int | None, int | None]:
+        """Batches of an evaluation, and those that the validation data has; None where nothing says how many, and with
+        a measure of the run's own.
+        """
+        return (None, None) if self.valid is None or self.measure is not None else self._counts(self.valid())
+
+    def _counts(self, source: Any) -> tuple[int | None, int | None]:
+        there, most = getattr(source, "batches_per_epoch", None), self.settings.val_batches
+        if most < 0:
+            return there, there
+        return most if there is None else min(most, there), there
 
     def _loop(self, last: int) -> str:
         settings, progress = self.settings, self.progress
@@ -256,13 +291,18 @@ class Trainer:
                 self._tell_interval()
             if ahead is not None:
                 continue
-            stop = self._evaluation_due(progress.step) and self._evaluate()
+            ending = progress.step >= settings.steps or not batches
+            if ending:
+                self._tell_interval(last=True)
+            # At the end too before the checkpoint, which then has what came of it.
+            due = self._evaluation_due(progress.step) or (ending and self.valid is not None)
+            stop = due and self._evaluate()
             if settings.save_every and progress.step % settings.save_every == 0:
                 self._save()
             stopped_by = self._signal()
             if stopped_by is not None:
                 return signal.Signals(stopped_by).name
-            if stop:
+            if stop and not ending:
                 return "early"
         return "done" if progress.step >= settings.steps else "until"
 
@@ -306,6 +346,7 @@ class Trainer:
         progress.step += 1
         progress.tokens += tokens
         progress.interval_tokens += tokens
+        self._clock.tokens += tokens
         progress.norm = outcome.norm.item()
         if outcome.valid.item():
             progress.in_a_row = 0
@@ -326,9 +367,10 @@ class Trainer:
     def _tell_interval(self, last: bool = False) -> None:
         """Report the steps since the last report. The sums go on after a last one, so that a resumed run has them."""
         progress = self.progress
-        if progress.interval_tokens == 0:
+        if progress.interval_tokens == 0 or self._told == progress.step:
             return
-        seconds = self._clock.lap()
+        self._told = progress.step
+        speed = self._clock.lap()
         loss = progress.loss / progress.count if progress.count else math.nan
         self._last_loss = loss
         self._tell("on_metrics", {
@@ -337,7 +379,7 @@ class Trainer:
             "learning_rate": self.settings.rate(max(progress.step - 1, 0)),
             "gradient_norm": progress.norm,
             "tokens": progress.tokens,
-            "tokens_per_second": progress.interval_tokens / seconds,
+            "tokens_per_second": speed,
             "memory": runtime.memory().peak,
             "skipped": progress.skipped,
             **(self.source.metrics() if hasattr(self.source, "metrics") else {}),
@@ -387,9 +429,13 @@ class Trainer:
         """Write a checkpoint. A disk that refuses ends the run only at its end; before, the next one may succeed."""
         if self.checkpoints is None:
             return False
+        state = self.progress.step, self.progress.evaluated
+        if state == self._saved:
+            return True
         started = time.perf_counter()
         try:
             self.checkpoints.save(self.progress.step, self._state())
+            self._saved = state
             self.checkpoints.prune()
         except (CheckpointError, OSError) as error:
             if final:
@@ -432,10 +478,11 @@ class Trainer:
         self.step.optimizer.restore(state.arrays["optimizer"])
         self.step.give_back()
         self.progress = Progress(**state.values["progress"])
+        self._saved = self.progress.step, self.progress.evaluated
         self._position = state.values["position"]
         self.source.restore(self._position)
         mx.random.state[0][:] = mx.array(self.communicator.random_state(state.values["random"]), dtype=mx.uint32)
-        self.checkpoints.forget_after(number)
+        self.checkpoints.set_aside_after(number)
         best = self.progress.best_step
         if best is not None and best in self.checkpoints.steps() and self.checkpoints.best() != best:
             self.checkpoints.mark_best(best, self.progress.best)  # the run ended between the checkpoint and its mark

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -207,21 +209,112 @@ def test_a_full_disk_at_the_end_is_an_error(tmp_path, monkeypatch):
     assert Checkpoints(tmp_path).steps() == []
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "half-written folder"])
-def test_a_damaged_checkpoint_is_never_loaded(damage, tmp_path):
-    run(tmp_path, 4, until=2)
+# What is done to a file of a checkpoint, and what is then said of it.
+DAMAGE = {
+    "cut": (
+        "optimizer.safetensors",
+        lambda file: file.write_bytes(file.read_bytes()[:-4]),
+        r" is damaged: it has .* by",
+    ),
+    "gone": ("average.safetensors", lambda file: file.unlink(), r" is damaged: it is missing, .* bytes were saved"),
+    "overwritten": ("parameters.safetensors", lambda file: file.write_bytes(b"x" * file.stat().st_size), ""),
+    "no state": ("state.json", lambda file: file.unlink(), ": no such file"),
+    "half a state": ("state.json", lambda file: file.write_bytes(file.read_bytes()[:99]), " is not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_whole_one_before_it(damage, tmp_path):
+    name, harm, said = DAMAGE[damage]
+    whole, messages = run(None, 8)[0], []
+
+    class Listen(Reporter):
+        def on_message(self, text):
+            messages.append((text, metrics_of(tmp_path)[-1]["step"]))
+
+    run(tmp_path, 8, until=5, evaluate_every=5, valid=Valid)  # the best one so far
     checkpoints = Checkpoints(tmp_path)
-    file = checkpoints.path(2) / "optimizer.safetensors"
-    if damage == "half-written folder":
-        (checkpoints.path(2) / "state.json").unlink()
-        assert checkpoints.steps() == []
-        return
-    if damage == "cut":
-        file.write_bytes(file.read_bytes()[:-4])
-    else:
-        file.unlink()
-    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors is not the file that was saved"):
+    assert (checkpoints.steps(), checkpoints.best()) == ([3, 5], 5)
+    harm(checkpoints.path(5) / name)
+    again, _ = run(tmp_path, 8, reporters=[Listen()])
+    assert same(whole, again)
+    ((text, kept),) = messages
+    assert re.search(f"step-00000005/{re.escape(name)}{said}.*goes on from the whole checkpoint before it", text)
+    assert kept == 2  # what had been reported of later steps is cut off
+    assert checkpoints.best() is None
+    assert (checkpoints.folder / "damaged-step-00000005").is_dir()
+    assert [row["step"] for row in metrics_of(tmp_path)] == [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_only_checkpoint_is_named_with_what_to_do(damage, tmp_path):
+    name, harm, said = DAMAGE[damage]
+    run(tmp_path, 4, until=2)
+    harm(Checkpoints(tmp_path).path(2) / name)
+    way_on = (
+        r"no checkpoint .* is whole.*put the file back from a copy, or start a new run in another folder \(.*--output"
+    )
+    with pytest.raises(CheckpointError, match=f"{re.escape(name)}{said}.*{way_on}"):
         run(tmp_path, 4)
+    assert Checkpoints(tmp_path).steps() == [2]  # nothing is touched
+
+
+def test_a_process_killed_while_a_checkpoint_is_replaced_by_one_of_its_step_loses_neither(tmp_path, monkeypatch):
+    run(tmp_path, 8, until=4, keep_last=1)
+    checkpoints, rename = Checkpoints(tmp_path), os.rename
+
+    class Killed(BaseException):
+        pass
+
+    def killed(source, target):
+        if str(source).endswith(".tmp"):
+            raise Killed
+        rename(source, target)
+
+    state = checkpoints.load(4)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", killed)
+        with pytest.raises(Killed):
+            checkpoints.save(4, state)
+    assert checkpoints.steps() == []
+    checkpoints.recover()
+    assert (checkpoints.steps(), same(whole_of(state), whole_of(checkpoints.load(4)))) == ([4], True)
+    checkpoints.save(4, state)
+    assert [path.name for path in checkpoints.folder.iterdir()] == ["step-00000004"]
+
+
+def whole_of(state):
+    """All arrays of a checkpoint by one name."""
+    return {f"{part}/{name}": np.array(array) for part, some in state.arrays.items() for name, array in some.items()}
+
+
+def test_a_finished_run_that_is_resumed_reports_nothing_twice(tmp_path):
+    settings = {"report_every": 4, "valid": Valid, "learning_rate": 1.0, "evaluate_every": 3}  # the loss only rises
+    run(tmp_path, 7, **settings)
+    rows = read_metrics(tmp_path)
+    assert [(row["step"], "valid_loss" in row) for row in rows] == [
+        (3, True),
+        (4, False),
+        (6, True),
+        (7, False),
+        (7, True),
+    ]
+    for _ in range(2):
+        run(tmp_path, 7, **settings)
+        assert read_metrics(tmp_path) == rows
+
+
+def test_the_speed_of_a_resumed_run_leaves_out_what_was_done_before(tmp_path, monkeypatch):
+    """By a clock on which everything takes a second."""
+    import mlxlm.training.trainer as module
+
+    seconds = itertools.count(time.perf_counter())
+    monkeypatch.setattr(module.time, "perf_counter", lambda: next(seconds))
+    run(tmp_path / "whole", 8, report_every=4, save_every=0)
+    run(tmp_path / "halves", 8, until=7, report_every=4, save_every=0)
+    run(tmp_path / "halves", 8, report_every=4, save_every=0)
+    whole, halves = (read_metrics(tmp_path / name)[-1]["tokens_per_second"] for name in ("whole", "halves"))
+    assert halves < whole / 2
 
 
 def test_a_resumed_run_cuts_metrics_after_its_checkpoint_and_torn_lines(tmp_path):

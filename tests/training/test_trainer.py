@@ -223,6 +223,35 @@ def test_evaluation_is_the_mean_over_the_whole_set_last_partial_batch_included()
     assert result.perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
 
 
+def test_an_evaluation_is_bounded_says_so_and_how_far_it_is(capsys, monkeypatch):
+    import mlxlm.training.reporters as module
+
+    class Counted(Fixed):
+        batches_per_epoch = 5
+
+    monkeypatch.setattr(module, "_SILENCE", 0.0)
+    batches = [Rows(seed=seed).next() for seed in range(5)]
+    losses = {}
+    for wanted in (2, 9, -1):
+        training, events = trainer(
+            Rows(), valid=lambda: Counted(batches, once=True), steps=2, val_batches=wanted, learning_rate=1e-12
+        )
+        training.reporters.append(Console())
+        training.run()
+        losses[wanted] = events.evaluations[0]["valid_loss"]
+        shown = capsys.readouterr().err
+        of = "2 of 5 batches" if wanted == 2 else "all 5 batches"
+        assert f"an evaluation goes through {of} of the validation data (val_batches)" in shown
+        assert f"step 2  validation 2/{2 if wanted == 2 else 5}\n" in shown
+    for wanted, used in ((2, 2), (9, 5), (-1, 5)):
+        model = tiny_model()
+        model.eval()
+        total, count = reference_loss(model, batches[:used])
+        assert losses[wanted] == pytest.approx(total / count, rel=1e-5)
+    with pytest.raises(UsageError, match="val_batches is 0; expected a number of batches, or -1 for all"):
+        trainer(Rows(), val_batches=0)
+
+
 def test_label_smoothing_and_z_loss_of_the_settings_are_trained_with_and_not_evaluated():
     """The first loss that is reported is numpy's, with both in it."""
     model = tiny_model(attention_dropout=0.0)

@@ -276,8 +276,9 @@ def train_settings(wanted: FinetuneSettings, steps: int, every: int, *, validate
         weight_decay=wanted.weight_decay, clip_norm=wanted.clip_norm, label_smoothing=wanted.label_smoothing,
         ema_decay=wanted.ema_decay, dtype=wanted.dtype,
         recompute_layers=-1 if wanted.grad_checkpoint else wanted.recompute_layers, cache_limit=wanted.cache_limit,
-        seed=wanted.seed, evaluate_every=every, save_every=wanted.save_every, report_every=wanted.steps_per_report,
-        patience=wanted.patience, keep_last=1, final_weights="best" if validated else "last",
+        seed=wanted.seed, evaluate_every=every, val_batches=-1, save_every=wanted.save_every,
+        report_every=wanted.steps_per_report, patience=wanted.patience, keep_last=1,
+        final_weights="best" if validated else "last",
     )  # fmt: skip
 
 

@@ -42,18 +42,23 @@ from mlxlm.training.step import Step
 from mlxlm.training.tasks import WordLoss
 
 
-def block(dim, heads, kv_heads, hidden, *, causal, gated, rotary=False, cross=False):
+def block(dim, heads, kv_heads, hidden, *, causal, gated, rotary=False, cross=False, dropout=0.0):
     norm = RMSNormSpec(dim=dim) if gated else LayerNormSpec(dim=dim)
-    residual = ResidualSpec(norm_in=norm)
+    residual = ResidualSpec(norm_in=norm, dropout=dropout)
     attention = AttentionSpec(
         dim=dim, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim // heads, causal=causal, bias=not gated,
-        output_bias=not gated, **({"positions": RotarySpec(dim=dim // heads)} if rotary else {}),
+        output_bias=not gated, dropout=dropout, **({"positions": RotarySpec(dim=dim // heads)} if rotary else {}),
     )  # fmt: skip
     return BlockSpec(
         attention=attention,
         attention_residual=residual,
         feed_forward=FeedForwardSpec(
-            dim=dim, hidden_dim=hidden, activation="silu" if gated else "gelu_tanh", gated=gated, bias=not gated
+            dim=dim,
+            hidden_dim=hidden,
+            activation="silu" if gated else "gelu_tanh",
+            gated=gated,
+            bias=not gated,
+            dropout=dropout,
         ),
         feed_forward_residual=residual,
         cross_attention=replace(attention, causal=False) if cross else None,
@@ -61,13 +66,14 @@ def block(dim, heads, kv_heads, hidden, *, causal, gated, rotary=False, cross=Fa
     )
 
 
-def config(kind, dim=128, heads=4, kv_heads=4, hidden=512, layers=4, words=2000):
+def config(kind, dim=128, heads=4, kv_heads=4, hidden=512, layers=4, words=2000, dropout=0.0):
     positions = None if kind == "rotary" else LearnedPositionsSpec(num_positions=4096, dim=dim)
     norm = RMSNormSpec(dim=dim) if kind == "rotary" else LayerNormSpec(dim=dim)
     shape = dim, heads, kv_heads, hidden
 
     def stack(**choices):
-        return StackSpec(layers=(block(*shape, **choices),) * layers, norm=norm)
+        layer = block(*shape, dropout=dropout, **choices)
+        return StackSpec(layers=(layer,) * layers, norm=norm, dropout=dropout)
 
     stacks = {
         "rotary": {"decoder": stack(causal=True, gated=True, rotary=True)},
@@ -80,7 +86,7 @@ def config(kind, dim=128, heads=4, kv_heads=4, hidden=512, layers=4, words=2000)
         },
     }
     return TransformerConfig(
-        embeddings=EmbeddingsSpec(vocab_size=words, dim=dim, positions=positions),
+        embeddings=EmbeddingsSpec(vocab_size=words, dim=dim, positions=positions, dropout=dropout),
         head=LanguageModelHeadSpec(dim=dim, vocab_size=words, tied=True),
         **stacks[kind],
     )
@@ -133,6 +139,13 @@ CASES = {
     "ia3": case("rotary", 2, 256, change=adapter(peft.Ia3()), shape=TWO),
     "houlsby": case("learned", 2, 256, change=adapter(peft.Houlsby())),
     "last-layers": case("rotary", 2, 512, change=adapter(peft.LastLayers(num_layers=1)), shape=TWO),
+    "prompt": case("rotary", 2, 64, change=adapter(peft.PromptTuning(num_tokens=64, init="random")), shape=TWO),
+    "prompt-encoder": case("both", 2, 64, change=adapter(peft.PromptTuning(num_tokens=64, init="random"))),
+    "prefix": case("rotary", 2, 64, change=adapter(peft.PrefixTuning(num_tokens=64, projection=False)), shape=TWO),
+    "prefix-made": case("learned", 2, 128, change=adapter(peft.PrefixTuning(num_tokens=32))),
+    "dropout": case("learned", 2, 256, shape={"dropout": 0.1}),
+    "dropout-recomputed": case("rotary", 2, 256, -1, shape={"dropout": 0.1}),
+    "dropout-bfloat16": case("encoder", 2, 256, dtype="bfloat16", shape={"dropout": 0.1}),
     "average": case("learned", 1, 128, average=True),
     "accumulated": case("rotary", 1, 256, accumulation=3, shape=TWO),
     "accumulated-large": case("learned", 2, 512, accumulation=2),

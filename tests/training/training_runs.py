@@ -2,7 +2,8 @@
 
 python training_runs.py FOLDER STEPS [MOMENT COUNT]   # trains (or resumes) and writes weights to FOLDER/weights.npz
 
-With a moment the process kills itself, with no chance to clean up, the COUNT-th time that it comes to it.
+With a moment the process kills itself, with no chance to clean up, the COUNT-th time that it comes to it; with the
+moment "after" it is killed COUNT seconds after it has begun, whatever it is doing then.
 """
 
 from __future__ import annotations
@@ -169,7 +170,11 @@ def die_at(moment, count):
 
 def main():
     folder, steps = Path(sys.argv[1]), int(sys.argv[2])
-    if len(sys.argv) > 3:
+    if len(sys.argv) > 3 and sys.argv[3] == "after":
+        importlib.import_module("mlxlm.training")  # which takes longer than the run
+        tiny_model()
+        signal.setitimer(signal.ITIMER_REAL, float(sys.argv[4]))  # SIGALRM, which nobody handles, ends a process
+    elif len(sys.argv) > 3:
         die_at(sys.argv[3], int(sys.argv[4]))
     weights, result = run(folder, steps, save_every=2, evaluate_every=3, valid=Valid, keep_last=1)
     if result.reason != "done":

@@ -3,8 +3,8 @@
     python examples/what_it_learned.py runs/tiny/bert [--batches 20] [--show 8]
 
 Hides tokens of the run's validation texts as in training and prints how many the model finds (its likeliest token is
-the right one, the right one is among the likeliest five), beside always guessing the most frequent token; then some of
-them.
+the right one, the right one is among the likeliest five), beside always guessing the most frequent token; then how many
+when it is told that an end or a sentinel is no answer, as the other guess is; then some of them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> None:
     def text(ids: Iterable[int]) -> str:
         return tokenizer.decode([int(id) for id in ids], skip_special_tokens=False)
 
-    found, among, shown = 0, 0, []
+    found, among, told, shown = 0, 0, 0, []
     for _ in range(arguments.batches):
         batch = source.next()
         if batch is None:
@@ -54,6 +54,9 @@ def main() -> None:
         first = np.array(logits.argmax(-1))
         hidden = (batch["targets"] != -100) & ~np.isin(batch["targets"], marks)
         answers.update(batch["targets"][hidden].tolist())
+        words = np.array(logits.astype(mx.float32))
+        words[..., marks] = -np.inf
+        told += int((words.argmax(-1) == batch["targets"])[hidden].sum())
         found += int((first == batch["targets"])[hidden].sum())
         among += int((best == batch["targets"][..., None]).any(-1)[hidden].sum())
         read = batch.get("decoder_tokens", batch["tokens"])
@@ -64,7 +67,8 @@ def main() -> None:
         )
     total = answers.total()
     print(f"{total:,} hidden tokens: {found / total:.1%} found, {among / total:.1%} among five; "
-          f"always guessing the most frequent: {answers.most_common(1)[0][1] / total:.1%}")  # fmt: skip
+          f"always guessing the most frequent: {answers.most_common(1)[0][1] / total:.1%}; "
+          f"told that it is a word: {told / total:.1%} found")  # fmt: skip
     print("before -> found, right", *shown[: arguments.show], sep="\n")
 
 

@@ -10,7 +10,9 @@ from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
 from mlxlm import runtime
+from mlxlm.kernels.attention.blocks import planned_bytes
 from mlxlm.kernels.attention.device import device_profile
+from mlxlm.kernels.attention.problem import AttentionProblem
 from mlxlm.layers import AttentionSpec, BlockSpec, FeedForwardSpec, ParallelBlockSpec
 from mlxlm.models.config import StackSpec, TransformerConfig
 from mlxlm.training.plan_weights import WIDTHS, Weights
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
 # again and so made anew, without and with a gate. Measured on the CPU, as all constants here.
 _WORK = 0.8
 _AGAIN = (1.4, 1.65)
-_SCORES = 1.5  # arrays of the size of a tile's scores that exist at once in the backward pass
 
 # Arrays of the size of its input that the gradient of an activation function keeps, the input included. Measured on the
 # CPU for "silu", "gelu" and "gelu_tanh"; the others follow from their formulas. A gated layer keeps both factors too.
@@ -46,15 +47,20 @@ def activations_of(config: TransformerConfig, settings: PlanSettings, weights: W
         target_length = settings.target_length or settings.length
     kept, backward = 0, 0
     below = bool(weights.under("embeddings") or weights.under("prompt"))  # whether gradients go through the blocks
+    embedded, memory = 0.0, 0
     for name, length in (("encoder", settings.length), ("decoder", target_length)):
         stack = getattr(config, name)
         if stack is None:
             continue
-        one, largest = stack_activations(stack, settings, rows, length, Trained(weights, f"{name}.layers", below))
+        ahead, keys = weights.virtual.get(name, (0, 0))
+        length += ahead
+        trained = Trained(weights, f"{name}.layers", below)
+        one, largest = stack_activations(stack, settings, rows, length, trained, memory=memory, prefix=keys)
         below = below or bool(weights.under(name))  # a decoder behind an encoder that learns
-        kept, backward = kept + one, max(backward, largest)
-    embedded = rows * (settings.length + (target_length if config.has_memory else 0)) * config.dim
-    return Activations(int((kept + 2 * embedded) * width), int(backward), target_length)
+        kept, backward, memory = kept + one, max(backward, largest), length
+        masks = _masks(config.embeddings.dropout) + _masks(stack.dropout)
+        embedded += rows * length * config.dim * (2 + masks)
+    return Activations(int((kept + embedded) * width), int(backward), target_length)
 
 
 class Trained(NamedTuple):
@@ -72,14 +78,29 @@ class Trained(NamedTuple):
 
 
 def stack_activations(
-    stack: StackSpec, settings: PlanSettings, rows: int, length: int, trained: Trained
+    stack: StackSpec,
+    settings: PlanSettings,
+    rows: int,
+    length: int,
+    trained: Trained,
+    *,
+    memory: int | None = None,
+    prefix: int = 0,
 ) -> tuple[float, float]:
-    """Numbers kept, and bytes that the backward pass of the largest layer works with."""
+    """Numbers kept, and bytes that the backward pass of the largest layer works with.
+
+    memory: tokens of the encoder's rows, default those of the settings.  prefix: virtual keys of each layer.
+    """
+    memory = settings.length if memory is None else memory
     again = len(stack.layers) if settings.recompute_layers < 0 else settings.recompute_layers
     kept, backward, width = 0.0, 0.0, WIDTHS[settings.dtype]
     for index in range(trained.first(len(stack.layers)), len(stack.layers)):
         block, path = stack.layers[index], f"{trained.path}.{index}"
-        own = rows * length * block_numbers(block, trained.weights, path, memory=settings.length / length)
+        own = (
+            rows
+            * length
+            * block_numbers(block, trained.weights, path, memory=memory / length, keys=1 + prefix / length)
+        )
         if index < again:
             kept += rows * length * block.attention.dim
             share = _AGAIN[block.feed_forward.gated]
@@ -87,14 +108,20 @@ def stack_activations(
             kept += own
             share = _WORK
         # When the scores are at work, what the feed-forward layer kept is free again, about half.
-        scores = _score_bytes(block.attention, rows, length) - (0 if index < again else 0.5) * own * width
+        scores = _score_bytes(block.attention, settings.dtype, rows, length, prefix)
+        scores -= (0 if index < again else 0.5) * own * width
         backward = max(backward, share * own * width, scores)
     return kept, backward
 
 
-def block_numbers(block: BlockSpec | ParallelBlockSpec, weights: Weights, path: str, memory: float = 1.0) -> float:
-    """Numbers that a block keeps for each of its tokens.  path: its.  memory: tokens of the encoder for each."""
-    total = attention_numbers(block.attention, weights, f"{path}.attention")
+def block_numbers(
+    block: BlockSpec | ParallelBlockSpec, weights: Weights, path: str, *, memory: float = 1.0, keys: float = 1.0
+) -> float:
+    """Numbers that a block keeps for each of its tokens.  path: its.  memory: tokens of the encoder for each.  keys: of
+    self-attention for each, virtual ones included.
+    """
+    total = attention_numbers(block.attention, weights, f"{path}.attention", keys)
+    total += dropout_numbers(block)
     total += feed_forward_numbers(block.feed_forward, weights, f"{path}.feed_forward")
     # The inputs of both norms, and where their scales are trained what they are multiplied with.
     total += (4 if weights.feeds_own_products(path) else 2) * block.attention.dim
@@ -103,6 +130,19 @@ def block_numbers(block: BlockSpec | ParallelBlockSpec, weights: Weights, path: 
         cross = f"{path}.cross_attention"
         total += attention_numbers(block.cross_attention, weights, cross, memory) + block.cross_attention.dim
     return total
+
+
+def dropout_numbers(block: BlockSpec | ParallelBlockSpec) -> float:
+    """The masks of what is dropped, in the dtype of the computation; those of attention are drawn again."""
+    total = block.feed_forward.hidden_dim * _masks(block.feed_forward.dropout)
+    if isinstance(block, ParallelBlockSpec):
+        return total + 2 * block.attention.dim * _masks(block.dropout)
+    residuals = (block.attention_residual, block.cross_attention_residual, block.feed_forward_residual)
+    return total + block.attention.dim * sum(_masks(one.dropout) for one in residuals if one is not None)
+
+
+def _masks(dropout: float) -> int:
+    return 1 if dropout else 0
 
 
 def attention_numbers(spec: AttentionSpec, weights: Weights, path: str, memory: float = 1.0) -> float:
@@ -142,12 +182,17 @@ def adapter_numbers(weights: Weights, path: str) -> float:
     return total
 
 
-def _score_bytes(spec: AttentionSpec, rows: int, length: int) -> float:
-    """Scores that the tiles of the backward pass hold at once; none with our kernels."""
+def _score_bytes(spec: AttentionSpec, dtype: str, rows: int, length: int, prefix: int) -> float:
+    """What the tiled path's backward pass holds by its own plan, results and sums included; nothing with our kernels.
+
+    The CPU makes one block at a time where a limit on memory makes it wait, as `held_to` does.
+    """
     backend = runtime.backend()
     if backend == "metal":
         return 0
-    profile = device_profile(backend)
-    keys = min(length, spec.window or length)
-    tile = profile.block_bytes * max(length, 4096) // 4096
-    return _SCORES * min(4 * rows * spec.num_heads * length * keys, tile)
+    problem = AttentionProblem(
+        dtype=dtype, batch=rows, heads=spec.num_heads, kv_heads=spec.num_kv_heads, query_length=length,
+        key_length=length + prefix, head_dim=spec.head_dim, value_dim=spec.head_dim, causal=spec.causal,
+        window=spec.window, query_offset=prefix,
+    )  # fmt: skip
+    return planned_bytes(problem, device_profile(backend), waiting=backend == "cpu")

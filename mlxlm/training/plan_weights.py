@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 
@@ -23,12 +23,14 @@ class Weights:
     """The weights of a model in a training step.
 
     floats: frozen floating-point numbers, which the step holds in its dtype.  packed: bytes of quantized ones with
-    their scales.  shapes: of the trained ones, by name.
+    their scales.  shapes: of the trained ones, by name.  virtual: of each stack with virtual tokens how many stand
+    before its rows, and how many keys before those of each layer's self-attention.
     """
 
     floats: int
     packed: int
     shapes: Mapping[str, tuple[int, ...]]
+    virtual: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def trained(self) -> int:
@@ -92,4 +94,13 @@ def weights_of(model: Transformer | TransformerConfig) -> Weights:
                 floats += array.size
             else:
                 packed += array.nbytes
-    return Weights(floats, packed, trained)
+        return Weights(floats, packed, trained, _virtual(model))
+
+
+def _virtual(model: Transformer) -> dict[str, tuple[int, int]]:
+    found = {}
+    for stack in ("encoder", "decoder") if model.prompt is not None else ():
+        vectors, prefixes = model.prompt.vectors(stack), model.prompt.prefixes(stack) or ()
+        keys = [prefix.key.shape[2] for prefix in prefixes if prefix.key is not None]
+        found[stack] = (0 if vectors is None else vectors.shape[0], max(keys, default=0))
+    return found

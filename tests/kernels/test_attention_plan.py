@@ -213,6 +213,8 @@ def test_the_planned_memory_holds_the_results_and_two_blocks(length, device):
     block = size * SCORES_ALIVE * groups[0].heads[1] * groups[0].rows[0][1] * length
     everything = 4 * SCORES_ALIVE * 32 * length * length
     assert planned_bytes(problem, device) >= 5 * 32 * length * 64 * size + min(2 * block, everything)
+    saved = planned_bytes(problem, device) - planned_bytes(problem, device, waiting=True)
+    assert min(block, everything - block) <= saved <= max(3 * block_budget(problem, device), 2 * block) - block
 
 
 def test_the_planned_memory_of_the_case_that_is_answered_for():

@@ -81,8 +81,8 @@ def test_parameters_are_arrays_again_afterwards(fixture_model):
 
 
 def peak_of_adapters(layers: int) -> int:
-    """The least of three measurements, since other work on the machine can make a peak larger but never smaller."""
-    return min(one_peak_of_adapters(layers) for _ in range(3))
+    """The less of two measurements, since other work on the machine can make a peak larger but never smaller."""
+    return min(one_peak_of_adapters(layers) for _ in range(2))
 
 
 def one_peak_of_adapters(layers: int) -> int:
@@ -121,11 +121,11 @@ def test_no_layer_keeps_its_activations_for_the_gradient_of_its_weights(monkeypa
     array = WIDE * 2048 * 4
     limit = mx.set_memory_limit(1)  # MLX then waits for each operation, so that the clock can't change a peak
     try:
-        growth = (peak_of_adapters(14) - peak_of_adapters(2)) / array
+        growth = (peak_of_adapters(8) - peak_of_adapters(2)) / array
         monkeypatch.setattr(transformer, "recomputed", mx.checkpoint)
-        usual = (peak_of_adapters(14) - peak_of_adapters(2)) / array
+        usual = (peak_of_adapters(8) - peak_of_adapters(2)) / array
     finally:
         mx.set_memory_limit(limit)
     # One array more or less is the order of the moment.
-    assert growth < 2, "12 layers more"
-    assert usual > 3, "mx.checkpoint has learned it: `recomputed` can go"
+    assert growth < 1.5, "6 layers more"
+    assert usual > 1.75, "mx.checkpoint has learned it: `recomputed` can go"

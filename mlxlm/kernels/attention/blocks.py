@@ -77,8 +77,10 @@ def block_budget(problem: AttentionProblem, device: DeviceProfile) -> int:
     return device.block_bytes * max(keys, BUDGET_KEYS) // BUDGET_KEYS
 
 
-def planned_bytes(problem: AttentionProblem, device: DeviceProfile) -> int:
+def planned_bytes(problem: AttentionProblem, device: DeviceProfile, *, waiting: bool = False) -> int:
     """What a forward and a backward pass may hold on top of their inputs: twice as much for lengths twice as long.
+
+    waiting: for each block before the next, instead of running ahead as far as memory goes; default False.
 
     `mx.set_memory_limit` at this much above what is held before makes GPU backends wait instead of running further
     ahead. A dense bias, which has a gradient of its own size, is not counted.
@@ -98,7 +100,8 @@ def planned_bytes(problem: AttentionProblem, device: DeviceProfile) -> int:
     # Where the number of blocks is bounded they outgrow their budget: one that runs and the next must still fit.
     two_blocks = 2 * item * SCORES_ALIVE * heads * rows * problem.widest_range(rows)
     scores = 4 * SCORES_ALIVE * queries * problem.widest_range(min(problem.query_length, device.block_rows))
-    return saved + gradients + sums + min(scores, max(IN_FLIGHT * block_budget(problem, device), two_blocks))
+    alive = two_blocks // 2 if waiting else max(IN_FLIGHT * block_budget(problem, device), two_blocks)
+    return saved + gradients + sums + min(scores, alive)
 
 
 def ranges(length: int, size: int) -> list[Range]:

@@ -11,6 +11,7 @@ from mlxlm.kernels.attention.problem import AttentionProblem
 MIN_BLOCK_ROWS = 32  # fewer rows a product waste the device; more would break a tight budget sooner
 BUDGET_KEYS = 8192  # with more keys the budget grows as they do, so that the number of blocks is linear in the length
 IN_FLIGHT = 3  # budgets of scores that may exist at once: GPU backends schedule blocks ahead of the one that runs
+WAITING_ALIVE = 3  # of the following where MLX waits for each operation, as it does on the CPU with a limit on memory
 SCORES_ALIVE = 5  # arrays of the size of a block's scores in float32 that the backward pass holds at once
 
 
@@ -80,7 +81,7 @@ def block_budget(problem: AttentionProblem, device: DeviceProfile) -> int:
 def planned_bytes(problem: AttentionProblem, device: DeviceProfile, *, waiting: bool = False) -> int:
     """What a forward and a backward pass may hold on top of their inputs: twice as much for lengths twice as long.
 
-    waiting: for each block before the next, instead of running ahead as far as memory goes; default False.
+    waiting: for each operation before the next, instead of running ahead as far as memory goes; default False.
 
     `mx.set_memory_limit` at this much above what is held before makes GPU backends wait instead of running further
     ahead. A dense bias, which has a gradient of its own size, is not counted.
@@ -100,7 +101,9 @@ def planned_bytes(problem: AttentionProblem, device: DeviceProfile, *, waiting: 
     # Where the number of blocks is bounded they outgrow their budget: one that runs and the next must still fit.
     two_blocks = 2 * item * SCORES_ALIVE * heads * rows * problem.widest_range(rows)
     scores = 4 * SCORES_ALIVE * queries * problem.widest_range(min(problem.query_length, device.block_rows))
-    alive = two_blocks // 2 if waiting else max(IN_FLIGHT * block_budget(problem, device), two_blocks)
+    alive = max(IN_FLIGHT * block_budget(problem, device), two_blocks)
+    if waiting:
+        alive = two_blocks * WAITING_ALIVE // (2 * SCORES_ALIVE)
     return saved + gradients + sums + min(scores, alive)
 
 

@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,74 +22,13 @@ from mlxlm.training.communicator import Communicator
 from mlxlm.training.evaluation import Evaluation, EvaluationStopped, evaluate
 from mlxlm.training.interruption import Interruption
 from mlxlm.training.lock import locked
+from mlxlm.training.progress import Clock, Progress, Result
 from mlxlm.training.reporters import Reporter
 from mlxlm.training.settings import TrainSettings
 from mlxlm.training.step import Outcome, Step
 from mlxlm.training.tasks import Task
 
 Batch = dict[str, np.ndarray]
-
-
-@dataclass
-class Progress:
-    """Where a run is; goes into checkpoints.
-
-    step: updates done, skipped ones included.  tokens: read so far.  targets: learned so far.  skipped, in_a_row:
-    updates left out, in all and just now.  loss, count, interval_tokens: sums since the last report.
-    best, best_measure, best_step: loss on the validation data, and the measure by which they are chosen, of the best
-    weights so far; the lowest loss where none is named.  stale: evaluations since then.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    targets: int = 0
-    skipped: int = 0
-    in_a_row: int = 0
-    loss: float = 0.0
-    count: int = 0
-    interval_tokens: int = 0
-    best: float | None = None
-    best_measure: float | None = None
-    best_step: int | None = None
-    stale: int = 0
-    evaluated: int = -1
-    norm: float = 0.0
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended.
-
-    step: updates done.  reason: "done", "data" (the data ended), "early" (no better loss for a while), "until" (the
-    step that was asked for), or the name of a signal.  loss: mean over the last interval that was reported.
-    best, best_step: on the validation data, None without.  tokens: read in all.  shapes: of batches that were seen,
-    as many as the step was compiled for.
-    """
-
-    step: int
-    reason: str
-    loss: float | None
-    best: float | None
-    best_step: int | None
-    tokens: int
-    skipped: int
-    shapes: int
-
-
-@dataclass
-class _Clock:
-    """Time and tokens of this process since the last report; what was done before a run was resumed is not in it."""
-
-    since: float = field(default_factory=time.perf_counter)
-    paused: float = 0.0
-    tokens: int = 0
-
-    def lap(self) -> float:
-        """Tokens per second of training since the last lap, evaluation and saving left out; NaN without a step."""
-        now = time.perf_counter()
-        speed = self.tokens / max(now - self.since - self.paused, 1e-9) if self.tokens else math.nan
-        self.since, self.paused, self.tokens = now, 0.0, 0
-        return speed
 
 
 @dataclass(frozen=True)
@@ -145,7 +84,7 @@ class Trainer:
         self.reporters = [reporter for reporter in reporters if first or reporter.everywhere]
         self.checkpoints = None if self.folder is None else self._make_checkpoints(self.folder)
         self._position = source.state()
-        self._clock = _Clock()
+        self._clock = Clock()
         self._interruption = Interruption()
         self._last_loss: float | None = None
         self._told = -1  # step of the newest report
@@ -175,7 +114,7 @@ class Trainer:
             self._tell("on_start", self)
             for problem in damaged:
                 self._tell("on_message", f"{problem}; the run goes on from the whole checkpoint before it")
-            self._clock = _Clock()
+            self._clock = Clock()
             try:
                 with Interruption() as self._interruption, _cache_limit(self.settings.cache_limit):
                     reason = self._train(self.settings.steps if until is None else until)

@@ -331,7 +331,7 @@ def test_a_finished_run_that_is_resumed_reports_nothing_twice(tmp_path):
 
 def test_the_speed_of_a_resumed_run_leaves_out_what_was_done_before(tmp_path, monkeypatch):
     """By a clock on which everything takes a second."""
-    import mlxlm.training.trainer as module
+    import mlxlm.training.progress as module
 
     seconds = itertools.count(time.perf_counter())
     monkeypatch.setattr(module.time, "perf_counter", lambda: next(seconds))

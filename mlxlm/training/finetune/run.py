@@ -40,11 +40,12 @@ from mlxlm.training.finetune.presets import MEMORY_PRESETS
 from mlxlm.training.finetune.settings import MAY_CHANGE, FinetuneSettings
 from mlxlm.training.finetune.unshared import adapter_folder, unshared
 from mlxlm.training.plan_mesh import plan_here
+from mlxlm.training.progress import Result
 from mlxlm.training.reporters import Reporter
 from mlxlm.training.settings import TrainSettings
 from mlxlm.training.step import dtype_of
 from mlxlm.training.tasks import LabelLoss, WordLoss
-from mlxlm.training.trainer import Result, Trainer
+from mlxlm.training.trainer import Trainer
 from mlxlm.training.yaml_files import read_yaml
 
 if TYPE_CHECKING:

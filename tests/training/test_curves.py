@@ -7,6 +7,7 @@ import json
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -102,6 +103,9 @@ class Run:
 
     config = {"model": "tiny"}  # noqa: RUF012
 
+    def __init__(self, step=0):
+        self.progress = SimpleNamespace(step=step)
+
     class settings:
         """Of the run."""
 
@@ -120,22 +124,42 @@ def told(made):
 
 
 def test_tensorboard_files_hold_what_was_told(tmp_path):
-    """Read with the format's own protocol buffers: length, checksum, event, checksum."""
+    """Read with the format's own protocol buffers."""
     pytest.importorskip("tensorboardX", reason="the reporter 'tensorboard' needs tensorboardX")
     from tensorboardX.proto.event_pb2 import Event
 
     told(reporter("tensorboard", tmp_path))
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    content, found = file.read_bytes(), {}
-    while content:
-        size = int.from_bytes(content[:8], "little")
-        event = Event.FromString(content[12 : 12 + size])
+    found = {}
+    for content in records(tmp_path / "tensorboard"):
+        event = Event.FromString(content)
         found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
-        content = content[16 + size :]
     assert found == pytest.approx({
         ("train/loss", 1): 4.0, ("train/tokens", 1): 10, ("train/loss", 2): 2.0, ("train/tokens", 2): 20,
         ("valid/valid_loss", 2): 2.5, ("valid/perplexity", 2): 12.2,
     })  # fmt: skip
+
+
+def test_a_resumed_run_tells_tensorboard_to_hide_what_came_after_its_checkpoint(tmp_path):
+    pytest.importorskip("tensorboardX", reason="the reporter 'tensorboard' needs tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    made = reporter("tensorboard", tmp_path)
+    made.on_start(Run(7))
+    made.on_metrics({"step": 8, "loss": 1.0})
+    made.on_end(Run(8))
+    events = [Event.FromString(content) for content in records(tmp_path / "tensorboard")]
+    (start,) = [event for event in events if event.session_log.status == SessionLog.START]
+    assert start.step == 8
+
+
+def records(folder):
+    """The records of the only file in a folder: length, checksum, event, checksum."""
+    (file,) = folder.iterdir()
+    content = file.read_bytes()
+    while content:
+        size = int.from_bytes(content[:8], "little")
+        yield content[12 : 12 + size]
+        content = content[16 + size :]
 
 
 def test_wandb_is_told_the_same_offline(tmp_path, monkeypatch):

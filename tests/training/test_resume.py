@@ -35,7 +35,7 @@ def start(folder, steps, *moment):
     [
         *({"optimizer": name} for name in ("adamw", "adafactor", "lion", "muon", "sgd")),
         {"dtype": "bfloat16", "recompute_layers": -1, "schedule": "wsd", "decay_steps": 4},
-        {"dtype": "float16", "master_weights": False, "schedule": "inverse-sqrt"},
+        {"dtype": "bfloat16", "master_weights": False, "schedule": "inverse-sqrt"},
     ],
     ids=str,
 )

@@ -91,10 +91,12 @@ class Fixed:
 
 
 def weights_of(model):
-    """Parameters by name, as numpy arrays."""
+    """Parameters by name, as numpy arrays, which know no bfloat16."""
+    import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    return {name: np.array(array) for name, array in tree_flatten(model.parameters())}
+    arrays = dict(tree_flatten(model.parameters()))
+    return {name: np.array(a.astype(mx.float32) if a.dtype == mx.bfloat16 else a) for name, a in arrays.items()}
 
 
 def same(one, other):

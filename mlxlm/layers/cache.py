@@ -71,7 +71,7 @@ class KeyValueCache:
     def append(self, key: mx.array, value: mx.array, at: mx.array | None = None) -> tuple[Parts, Parts, int]:
         """Append; returns what the new tokens may see of keys and values, and how many older ones come before that.
 
-        With `at` all slots come back, also those that hold nothing yet.
+        With `at` all slots in use come back, also those that hold nothing yet in some rows.
         """
         start, end = self.length, self.length + key.shape[2]
         new = self.storage.pack(key), self.storage.pack(value)
@@ -81,9 +81,9 @@ class KeyValueCache:
         self.keys = _written(self.keys, new[0], start if at is None else at)
         self.values = _written(self.values, new[1], start if at is None else at)
         self.length = end
-        if at is None:
-            return tuple(a[:, :, :end] for a in self.keys), tuple(a[:, :, :end] for a in self.values), 0
-        return self.keys, self.values, 0
+        if end == self.capacity:
+            return self.keys, self.values, 0
+        return tuple(a[:, :, :end] for a in self.keys), tuple(a[:, :, :end] for a in self.values), 0
 
     def update(self, key: mx.array, value: mx.array) -> tuple[mx.array, mx.array]:
         """Append key and value, both (B, Hkv, L, D); returns all that they may see, as plain arrays."""

@@ -58,7 +58,7 @@ def serve(
     from mlxlm.server.running import listen
 
     given = model or opt.shipped_model()
-    name = model_name or (Path(given).resolve().name if Path(given).exists() else given)
+    name = model_name or served_name(given)
     hosts = (*ServerSettings.hosts, *(allowed_host or ()))
     settings = ServerSettings(
         name=name,
@@ -80,6 +80,12 @@ def serve(
     run(
         service, listening, lambda url: print(f"{name} at {url} (page) and {url}/v1 (API)", file=sys.stderr, flush=True)
     )
+
+
+def served_name(model: str) -> str:
+    """What clients call a model unless they are told otherwise: the last part of its path or hub id."""
+    path = Path(model)
+    return (path.resolve() if path.exists() else path).name
 
 
 def _is_loopback(host: str) -> bool:

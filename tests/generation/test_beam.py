@@ -72,6 +72,16 @@ def test_with_enough_beams_the_best_of_all_answers_is_found(fixture_model):
         assert score == pytest.approx(best, abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "mistral", "bloom", "falcon", "mpt", "glm", "phi3", "gpt_neox"])
+def test_every_family_searches_with_its_cache(name, loaded_models):
+    model, prompt = loaded_models[name], [7, 30, 12, 9, 5, 6, 21]
+    words = model.config.embeddings.vocab_size
+    (found,) = search(model, [prompt], Beams(num_beams=4), stops=frozenset({3, 11}), limits=[9], words=words)
+    assert len({answer for _, answer in found}) == 4
+    for score, answer in found:
+        assert score == pytest.approx(log_probability(model, prompt, answer) / len(answer), abs=1e-4)
+
+
 def test_one_beam_is_greedy(tiny):
     model, tokenizer = tiny
     ((best,),) = beam_search(model, tokenizer, ["Hello, world"], beams=Beams(num_beams=1), max_tokens=9)

@@ -5,16 +5,22 @@ Shapes: N answers, L tokens of a padded row, P places with a target.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlm.data import IGNORE, Batch
 from mlxlm.errors import UnsupportedModelError
 from mlxlm.kernels.cross_entropy import fused_linear_cross_entropy
 from mlxlm.models import Transformer
+from mlxlm.models.recomputation import chance, drawn_key
 
 Arrays = dict[str, mx.array]
 
+_PART_BYTES = 32 * 1024**2  # of the float32 logits that exist at once where a head has to be called for them
 _PARTS = 16  # numbers of places are rounded up to this part of a batch, which bounds the shapes that steps have
 
 
@@ -49,9 +55,7 @@ def token_log_probabilities(model: Transformer, batch: Arrays, hidden: mx.array 
     targets, rows = batch["place_targets"], hidden.reshape(-1, hidden.shape[-1])[batch["places"]]
     head = model.head.projection(rows, model.embeddings.token)
     if head is None:  # an adapter around the head: no single weight describes it
-        logits = model.logits(rows).astype(mx.float32)
-        own = mx.take_along_axis(logits, mx.maximum(targets, 0)[:, None], axis=-1)[:, 0]
-        found = mx.where(targets == IGNORE, 0.0, own - mx.logsumexp(logits, axis=-1))
+        found = _by_parts(model, rows, targets)
     else:
         found = -fused_linear_cross_entropy(
             head.hidden, head.weight, targets, bias=head.bias, softcap=head.softcap, logit_scale=head.scale,
@@ -61,6 +65,54 @@ def token_log_probabilities(model: Transformer, batch: Arrays, hidden: mx.array 
         )  # fmt: skip
     shape = batch["tokens"].shape
     return mx.zeros(shape[0] * shape[1]).at[batch["places"]].add(found).reshape(shape)
+
+
+def _by_parts(model: Transformer, rows: mx.array, targets: mx.array) -> mx.array:
+    """log p of targets (P,) after hidden states (P, dim) by a head that has to be called for its logits. They are made
+    for a few places at a time, and computed again for the gradients, so that no more of them ever exist.
+    """
+    modules = {"head": model.head, "table": model.embeddings.token}
+    trained = tree_flatten({name: module.trainable_parameters() for name, module in modules.items()})
+    names, arrays = [name for name, _ in trained], [array for _, array in trained]
+    size = max(1, _PART_BYTES // (4 * model.config.head.vocab_size))
+    # A key for each part, so that dropout is the same in both computations.
+    parts = [(slice(at, at + size), drawn_key(model.head)) for at in range(0, rows.shape[0], size)]
+
+    def hold(values: Sequence[mx.array]) -> None:
+        if names:
+            for name, held in tree_unflatten(list(zip(names, values, strict=True))).items():
+                modules[name].update(held)
+
+    def part(rows: mx.array, values: Sequence[mx.array], where: slice, key: mx.array | None) -> mx.array:
+        hold(values)
+        with chance(key):
+            logits = model.logits(rows).astype(mx.float32)
+        own = mx.take_along_axis(logits, mx.maximum(targets[where], 0)[:, None], axis=-1)[:, 0]
+        return mx.where(targets[where] == IGNORE, 0.0, own - mx.logsumexp(logits, axis=-1))
+
+    @mx.custom_function
+    def run(rows: mx.array, *values: mx.array) -> mx.array:
+        return mx.concatenate([part(rows[where], values, where, key) for where, key in parts])
+
+    @run.vjp
+    def run_vjp(given: Any, cotangent: mx.array, _: mx.array) -> Any:
+        rows, *values = [given] if isinstance(given, mx.array) else given
+        totals, of_rows = [mx.zeros(value.shape) for value in values], []
+        for where, key in parts:
+            # Not before the part before it is done: its logits and its gradient of the head are then gone.
+            here, *held = mx.depends([rows[where], *values], [cotangent, *totals])
+            _, (own, *more) = mx.vjp(
+                lambda x, *v, where=where, key=key: part(x, v, where, key), [here, *held], [cotangent[where]]
+            )
+            of_rows.append(own)
+            totals = [total + one.astype(mx.float32) for total, one in zip(totals, more, strict=True)]
+        hold(values)
+        whole = mx.concatenate(of_rows)
+        return (whole, *(t.astype(v.dtype) for t, v in zip(totals, values, strict=True))) if values else whole
+
+    found = run(rows, *arrays)
+    hold(arrays)  # while a graph is made, modules hold the arrays of that graph
+    return found
 
 
 def answer_log_probabilities(model: Transformer, batch: Arrays) -> mx.array:

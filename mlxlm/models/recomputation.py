@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
+from mlx import nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 Function = Callable[..., mx.array]
@@ -57,3 +59,29 @@ def recomputed(function: Function) -> Function:
         return run(*(leaf for _, leaf in leaves))
 
     return call
+
+
+def drops(module: nn.Module) -> bool:
+    """Whether a module leaves things out at random while it trains."""
+    rates = [
+        1 - m._p_1 if isinstance(m, nn.Dropout) else getattr(getattr(m, "spec", None), "dropout", 0)
+        for m in module.modules()
+    ]
+    return module.training and any(rate > 0 for rate in rates)
+
+
+def drawn_key(module: nn.Module) -> mx.array | None:
+    """A random state for what a module draws in both computations, None for one that draws nothing."""
+    return mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32) if drops(module) else None
+
+
+@contextmanager
+def chance(key: mx.array | None) -> Iterator[None]:
+    """`key` as the random state for a while, for the same dropout in both computations; None changes nothing."""
+    if key is None:
+        yield
+        return
+    state = mx.random.state[0]
+    before, state[:] = mx.array(state), mx.stop_gradient(key)
+    yield
+    state[:] = before

@@ -24,7 +24,7 @@ from mlxlm.layers import (
 from mlxlm.layers.virtual import StackName
 from mlxlm.models.config import StackSpec, TransformerConfig
 from mlxlm.models.heads import SequenceHeadSpec
-from mlxlm.models.recomputation import recomputed
+from mlxlm.models.recomputation import chance, drawn_key, recomputed
 from mlxlm.models.stored_weights import StoredWeights
 
 
@@ -92,15 +92,10 @@ class Stack(nn.Module):
             if shared is not None:
                 shared.update(common)
             given = replace(scope, prefix=None if prefix is None else Prefix(*prefix), _terms={})
-            if key is None:
+            with chance(key):
                 return layer(x, given, None, memory)
-            state = mx.random.state[0]
-            before, state[:] = mx.array(state), mx.stop_gradient(key)  # the same dropout in both computations
-            y = layer(x, given, None, memory)
-            state[:] = before
-            return y
 
-        key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32) if _drops(layer) else None
+        key = drawn_key(layer)
         common = {} if shared is None else shared.trainable_parameters()
         own = layer.trainable_parameters()
         y = recomputed(run)(own, common, x, memory, prefix, key)
@@ -109,15 +104,6 @@ class Stack(nn.Module):
         if shared is not None:
             shared.update(common)
         return y
-
-
-def _drops(layer: nn.Module) -> bool:
-    """Whether a layer leaves things out at random while it trains."""
-    rates = [
-        1 - m._p_1 if isinstance(m, nn.Dropout) else getattr(getattr(m, "spec", None), "dropout", 0)
-        for m in layer.modules()
-    ]
-    return layer.training and any(rate > 0 for rate in rates)
 
 
 class Transformer(nn.Module):

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 import mlxlm
 from mlxlm import peft
 from mlxlm.alignment import METHODS, prepare
+from mlxlm.alignment import log_probabilities as log_p
 from mlxlm.alignment.log_probabilities import answer_log_probabilities, with_places
 from mlxlm.alignment.reference import fingerprint, log_probabilities, reference, reference_log_probabilities
 from mlxlm.alignment.rewards import score_answers
@@ -65,6 +66,40 @@ def test_the_gradient_of_log_probabilities_is_the_same_at_few_places_and_at_all(
     assert few["places"].size < everywhere["places"].size
     for name in one:
         np.testing.assert_allclose(np.array(one[name]), np.array(two[name]), atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("method", [peft.Lora(rank=2, targets=("head.output", "query")), peft.Full()], ids=str)
+def test_gradients_of_log_probabilities_made_by_parts_are_those_of_the_whole_logits(tiny, method, monkeypatch):
+    """A head with an adapter around it is called for a few places at a time, here three."""
+    model, _ = tiny
+    monkeypatch.setattr(log_p, "_PART_BYTES", 3 * 4 * model.config.head.vocab_size)
+    monkeypatch.setattr(type(model.head), "projection", lambda *arguments: None)
+    if model.config.head.tied and method != peft.Full():
+        method = peft.Lora(rank=2)
+    peft.apply(model, method)
+    model.update(mlxlm_unflatten({name: array + 0.05 for name, array in tree_flatten(model.trainable_parameters())}))
+    model.eval()
+    batch = {name: mx.array(array) for name, array in with_places(pad_examples(EXAMPLES, 64)).items()}
+    weights = mx.array([1.0, -0.5, 2.0])
+
+    def by_parts(parameters):
+        model.update(parameters)
+        return (answer_log_probabilities(model, batch) * weights).sum()
+
+    def whole(parameters):
+        model.update(parameters)
+        logits = model(batch["tokens"], key_lengths=batch["key_lengths"])
+        targets = batch["targets"]
+        found = mx.take_along_axis(logits, mx.maximum(targets, 0)[..., None], -1)[..., 0] - mx.logsumexp(logits, -1)
+        return (mx.where(targets == -100, 0.0, found).sum(1) * weights).sum()
+
+    trained = model.trainable_parameters()
+    (one, first), (two, second) = (mx.value_and_grad(loss)(trained) for loss in (by_parts, whole))
+    assert one.item() == pytest.approx(two.item(), rel=1e-6)
+    first, second = dict(tree_flatten(first)), dict(tree_flatten(second))
+    assert any(np.abs(np.array(array)).max() > 1e-3 for array in second.values())
+    for name in second:
+        np.testing.assert_allclose(np.array(first[name]), np.array(second[name]), atol=2e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("method", [peft.Lora(rank=2), peft.Full(), peft.PrefixTuning(num_tokens=3)], ids=str)

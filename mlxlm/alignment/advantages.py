@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 
 _LEAST_DEVIATION = 1e-4  # added to a group's standard deviation
-# How fast the price of divergence follows: rises above the target, falls below it. A short run can't wait for the 2%
-# an iteration of Ziegler et al.; and as divergence comes later than its price, a price that fell as fast as it rises
-# would be next to nothing when the target is reached for the first time.
-_RISE, _FALL, _LEAST_BETA = 0.5, 0.1, 1e-4
+# How fast the price of divergence follows: above the target with the ratio, at most so many times; below it by a share
+# of what is missing. A short run can't wait for the 2% an iteration of Ziegler et al.; and as divergence comes later
+# than its price, a price that fell as fast as it rises would be next to nothing when the target is first reached.
+_RISE, _FALL, _LEAST_BETA = 4.0, 0.1, 1e-4
 
 
 def token_rewards(
@@ -31,14 +31,14 @@ def token_rewards(
 
 
 def steered(beta: float, divergence: float, target: float) -> float:
-    """The price of divergence for the next iteration: beta * (1 + K * clip(divergence / target - 1, -1, 1)), after the
-    proportional controller of Ziegler et al. 2019 (arXiv:1909.08593, section 2.2, where K is 0.1 and the error is
-    clipped at 0.2). K is larger above the target than below it, so that divergence stays within.
+    """The price of divergence for the next iteration, which holds divergence at the target or a little below: times
+    r = divergence / target above it, at most 4; times 1 + 0.1 * (r - 1) below it. After the proportional controller of
+    Ziegler et al. 2019 (arXiv:1909.08593, section 2.2), which has 1 + 0.1 * clip(r - 1, -0.2, 0.2) on both sides.
 
     divergence, target: nats an answer.
     """
-    error = float(np.clip(divergence / target - 1, -1.0, 1.0))
-    return max(beta, _LEAST_BETA) * (1 + (_RISE if error > 0 else _FALL) * error)
+    ratio = divergence / target
+    return max(beta, _LEAST_BETA) * (min(ratio, _RISE) if ratio > 1 else 1 + _FALL * (max(ratio, 0.0) - 1))
 
 
 def generalised_advantages(

@@ -199,7 +199,9 @@ class Run:
         return more if self.settings.from_rollouts else {"loss": made.loss, **more}
 
     def _measure(self, on: HeldOut) -> tuple[Evaluation, dict[str, float]]:
-        """The loss of comparisons, or minus the mean reward of answers to held-out prompts, and further numbers."""
+        """The loss of comparisons, or minus the mean reward of answers to held-out prompts and what divergence is above
+        its target, as a share; and further numbers.
+        """
         of_answers: dict[str, float] = {}
         processes = self.joined.world.size
         if on.asked:
@@ -208,7 +210,10 @@ class Run:
                 self.model, self.tokenizer, on.asked, self.settings, self.reward, self.joined, told
             )
         if self.settings.from_rollouts:
-            return Evaluation(-of_answers["reward"], len(on.asked)), of_answers
+            # Weights farther from the reference than the target are not the best, however much they are rewarded.
+            target = self.settings.kl_target
+            excess = max(0.0, of_answers["kl"] / target - 1) if target else 0.0
+            return Evaluation(excess - of_answers["reward"], len(on.asked)), of_answers
         assert on.comparisons is not None
         told = paced(self.say, "comparisons", math.ceil(on.count / processes))
         made, more = measure_comparisons(self.model, self.task, on.comparisons(), self.joined, told)

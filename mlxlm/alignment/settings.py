@@ -70,8 +70,9 @@ class AlignSettings:
     max_tokens, temperature: of rollouts.  passes: over each iteration's answers.  clip_low, clip_high, normalisation,
     scale_advantages: see `policies` and `advantages`.  overlong: answers without an end: "keep", "filter" (nothing is
     learned from them) or "penalise" (within `overlong_buffer` tokens of the most).  dynamic_sampling: rounds in which
-    prompts whose answers are all worth the same are replaced.  kl_target: nats of divergence an answer to which beta is
-    steered, 0 for a constant beta.
+    prompts whose answers are all worth the same are replaced.  kl_target: nats of divergence an answer; beta is
+    steered to stay within them, and what is above them counts against weights when the best are told; 0 for a constant
+    beta.
 
     discount, lam, value_weight, value_clip, whiten_rewards: of ppo's values.  ptx_data, ptx_weight: texts, or rows of
     any kind for fine-tuning, that are learned beside (PPO-ptx), and the weight of their mean loss.

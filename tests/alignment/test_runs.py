@@ -14,12 +14,13 @@ import mlxlm
 from mlxlm import peft
 from mlxlm.alignment import METHODS, prepare
 from mlxlm.alignment import log_probabilities as log_p
+from mlxlm.alignment.comparisons import comparisons
 from mlxlm.alignment.log_probabilities import answer_log_probabilities, with_places
 from mlxlm.alignment.reference import fingerprint, log_probabilities, reference, reference_log_probabilities
 from mlxlm.alignment.rewards import score_answers
-from mlxlm.data import Example, pad_examples
+from mlxlm.data import Encoding, Example, Rows, pad_examples
 from mlxlm.distributed import Joined, Mesh, connect
-from mlxlm.errors import DataError, UsageError
+from mlxlm.errors import DataError, MlxlmError, UsageError
 from mlxlm.training import MetricsFile, read_metrics
 from mlxlm.training.reporters import Reporter
 
@@ -295,3 +296,65 @@ def test_the_plan_of_memory_low_takes_one_comparison_at_a_time(tiny_directory, t
     made = prepare(settings_for("dpo", tiny_directory, data, tmp_path / "out", memory="low"), say=lambda text: None)
     assert made.train_settings.accumulation == 3
     assert made.source.next()["tokens"].shape[0] == 2
+
+
+@pytest.mark.parametrize("rewards", [False, True])
+def test_rows_whose_answers_are_the_same_are_left_out_and_counted(tiny, rewards):
+    _, tokenizer = tiny
+    rows = [
+        {"prompt": "a", "chosen": "cat", "rejected": "dog"},
+        {"prompt": "b", "chosen": "cat", "rejected": "cat"},
+        {"prompt": "c", "chosen": "cat and dog", "rejected": "cat and cow"},
+    ]
+    made, lost = read_comparisons(rows, tokenizer, rewards=rewards)
+    assert (len(made), lost.same) == (2, 1)
+    limit = len(made[1].answers[0].tokens) - 4  # what tells the answers apart is cut off
+    made, lost = read_comparisons(rows, tokenizer, rewards=rewards, max_length=limit)
+    assert (len(made), lost.same) == (1, 2)
+    assert "2 rows left out, as answers of theirs are the same" in str(lost)
+    with pytest.raises(DataError, match="1 rows left out"):
+        read_comparisons(rows[1:2], tokenizer, rewards=rewards)
+
+
+def read_comparisons(rows, tokenizer, *, rewards, max_length=200):
+    kind = "preference"
+    given = Rows("rows", kind, [(f"row {i}", row) for i, row in enumerate(rows)])
+    return comparisons(given, tokenizer, Encoding(max_length=max_length, truncation="cut-right"), rewards=rewards)
+
+
+def test_numbers_are_of_the_test_rows_and_the_best_weights_are_told_by_the_validation_rows(run):
+    rows = {"train": pairs(8), "valid": pairs(4, 1), "test": pairs(3, 2)}
+    outcome, folder, said = run("dpo", rows=rows, reporters=())
+    assert outcome.measured_on == "test"
+    assert json.loads((folder / "results.json").read_text())["measured_on"] == "test"
+    measured = [text for text in said if text.startswith("measures")]
+    assert measured == [
+        f"measures 3 comparisons and 2 answers (test rows) {when} training" for when in ("before", "after")
+    ]
+    assert outcome.result.best_step is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"loss_chunk": 5}, "loss_chunk has no effect"),
+        ({"fine_tune_type": "full", "format": "peft"}, "format is of adapters"),
+        ({"resume_adapter_file": "nowhere"}, "expected an adapter's folder"),
+        ({"set": {"rang": 4}}, "unknown key 'rang'"),
+        ({"reward": "aritmetic"}, "expected arithmetic"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_are_checked_before_anything_is_read(tmp_path, changes, text):
+    with pytest.raises(MlxlmError, match=text):
+        prepare(settings_for("dpo", tmp_path / "no-model", tmp_path / "no-data", tmp_path / "out", **changes))
+
+
+def test_weights_beyond_the_target_of_divergence_are_not_the_best(run, monkeypatch):
+    measured = iter([0.0, 4.0, 0.5, 0.5])  # before, two evaluations, after
+    monkeypatch.setattr(
+        "mlxlm.alignment.run.measure_answers",
+        lambda *given: {"reward": min(kl := next(measured), 1.0), "kl": kl, "length": 1.0, "finished": 1.0},
+    )
+    outcome, *_ = run("grpo", kl_target=1.0)
+    assert outcome.result.best_step == 4

@@ -66,7 +66,7 @@ def main(words: list[str] | None = None) -> None:
             "reward": "length:reward", "fine_tune_type": "full", "iters": options.iters, "learning_rate": 1e-3,
             "schedule": "constant", "prompts_per_iteration": options.prompts, "batch_size": options.prompts,
             "answers_per_prompt": 4, "passes": 2,
-            "max_tokens": 32, "beta": 0.02, "kl_target": options.kl_target, "answers": len(held_out),
+            "max_tokens": 32, "beta": 0.05, "kl_target": options.kl_target, "answers": len(held_out),
             "steps_per_eval": max(options.iters // 6, 1),
         },
         title="length: reward for as many words as were asked for",

@@ -54,7 +54,11 @@ def dpo_losses(
     wrong way round, (1 - e) * loss(h) + e * loss(-h), default 0 (Mitchell 2023, conservative DPO).
     Without a reference (0 for both) the policy's own odds alone are raised.
     """
-    logits = beta * ((chosen - rejected) - (reference_chosen - reference_rejected))
+    return _smoothed(beta * ((chosen - rejected) - (reference_chosen - reference_rejected)), label_smoothing)
+
+
+def _smoothed(logits: mx.array, label_smoothing: float) -> mx.array:
+    """-log sigmoid, where a share of the pairs is taken to be the wrong way round."""
     return -(1 - label_smoothing) * log_sigmoid(logits) - label_smoothing * log_sigmoid(-logits)
 
 
@@ -93,8 +97,7 @@ def simpo_losses(
 
     lengths (P,): tokens of the answers.  gamma: margin of the rewards.  label_smoothing: as in `dpo_losses`.
     """
-    logits = beta * (chosen / chosen_lengths - rejected / rejected_lengths) - gamma
-    return -(1 - label_smoothing) * log_sigmoid(logits) - label_smoothing * log_sigmoid(-logits)
+    return _smoothed(beta * (chosen / chosen_lengths - rejected / rejected_lengths) - gamma, label_smoothing)
 
 
 def log_odds(log_probability: mx.array) -> mx.array:

@@ -1,6 +1,6 @@
 """Rows that Hugging Face's library `datasets` reads: of the hub, of folders that it wrote, of table files.
 
-    hub:OWNER/NAME, hub:OWNER/NAME/CONFIG      a data set of the hub
+    hub:OWNER/NAME, hub:OWNER/NAME/CONFIG      a data set of the hub; hub: may be left out where no path begins so
     FOLDER                                     what save_to_disk wrote
     FILE.parquet, .csv, .tsv, .json, .arrow    a table, or train, valid and test of a folder
     parquet:PATTERN, csv:PATTERN, ...          tables of any name, by what reads them
@@ -35,9 +35,10 @@ def library_splits(data: str) -> dict[str, Located] | None:
 
     Raises DataError where it is needed and missing, or fails; UsageError for splits that are named wrongly.
     """
-    place, wanted = _parted(HUB + data.removeprefix(HUB_TOO) if data.startswith(HUB_TOO) else data)
+    place, wanted = _parted(HUB + data.removeprefix(HUB_TOO) if data.startswith(HUB_TOO) or _of_hub(data) else data)
     path = Path(place).expanduser()
     if place.startswith(HUB):
+        data = HUB + data.removeprefix(HUB_TOO).removeprefix(HUB)  # as messages have it
         name, config = _name_and_config(place.removeprefix(HUB))
         found = from_library(data, lambda library: library.load_dataset(name, config))
     elif place.startswith(_PREFIXES):
@@ -53,6 +54,12 @@ def library_splits(data: str) -> dict[str, Located] | None:
     else:
         return None
     return _chosen(data, found if isinstance(found, Mapping) else {"train": found}, wanted)
+
+
+def _of_hub(data: str) -> bool:
+    """Whether data is OWNER/NAME and no path, nor one in a folder that is there."""
+    path = Path(data)
+    return re.fullmatch(r"[\w.-]+/[\w.-]+(:.*)?", data) is not None and not path.exists() and not path.parent.is_dir()
 
 
 def _parted(data: str) -> tuple[str, str]:

@@ -53,14 +53,14 @@ def test_what_takes_long_is_told_with_its_limit(mlxlm_command, tiny_directory, t
     from mlxlm.cli import evaluate as command
 
     monkeypatch.setattr(command._Progress, "apart", 0.0)
-    data = write(tmp_path / "rows.jsonl", ROWS["completion"] * 9)
+    data = write(tmp_path / "rows.jsonl", ROWS["completion"] * 5)
     more = ["--batch-size", 1, "--columns", "completion=completion"]
     status, out, err = mlxlm_command("evaluate", "--model", tiny_directory, "--data", data, *more)
     assert status == 0, err
     longest = json.loads(out)["max_tokens"] - 16
-    assert f"18 answers to generate, of at most {longest + 16} tokens (the longest right one has {longest})" in err
-    assert err.index("18 right answers to score") < err.index("1 of 18 done") < err.index("18 answers to generate")
-    assert "8 of 18 done" in err.split("answers to generate")[1]
+    assert f"10 answers to generate, of at most {longest + 16} tokens (the longest right one has {longest})" in err
+    assert err.index("10 right answers to score") < err.index("1 of 10 done") < err.index("10 answers to generate")
+    assert "8 of 10 done" in err.split("answers to generate")[1]
     status, out, err = mlxlm_command("evaluate", "--model", tiny_directory, "--data", data, "--no-generate")
     assert (status, "to generate" in err, "exact_match" in out) == (0, False, False)
     (tmp_path / "a.txt").write_text("a long text " * 20)

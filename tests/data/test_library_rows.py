@@ -140,13 +140,22 @@ def test_what_the_library_refuses_is_one_line(datasets, tmp_path):
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("data", ["hub:owner/name", "hf:owner/name/config:train[:10%]", "csv:part.*", "table.parquet"])
+@pytest.mark.parametrize(
+    "data", ["hub:owner/name", "hf:owner/name/config:train[:10%]", "owner/name:train", "csv:part.*", "table.parquet"]
+)
 def test_without_the_library_one_line_says_what_to_install(tmp_path, monkeypatch, data):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "table.parquet").touch()
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match="pip install datasets"):
         read_splits(data)
+
+
+def test_a_path_in_a_folder_that_is_there_is_no_name_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(DataError, match="data/rows is no file and no folder"):
+        read_splits("data/rows")
 
 
 def test_a_name_of_the_hub_that_is_none_is_told():

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -38,7 +36,7 @@ _LONGEST = 2048  # default of max_seq_length, where the context is longer
 
 def read_rows(settings: FinetuneSettings) -> tuple[dict[str, Rows], list[str]]:
     """The rows of each split, and what was done to them, in sentences. Without validation rows some are held out."""
-    splits = read_splits(located(settings.data), settings.columns)
+    splits = read_splits(settings.data, settings.columns)
     if "train" not in splits:
         raise DataError(f"{settings.data} has no train rows; it has {', '.join(splits)}")
     said = []
@@ -64,14 +62,6 @@ def passed_over(rows: Rows) -> list[str]:
     hint = renaming(rows.rows[0][1])
     unread = [name for name in rows.rows[0][1] if name not in FORMATS[rows.format].keys]
     return [f"rows are taken for {rows.format}, without {', '.join(unread)}{hint}"] if hint else []
-
-
-def located(name: str) -> str:
-    """What data is called where it is read: a path without ~, and for OWNER/NAME that is no path the hub."""
-    path = Path(name).expanduser()
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+(:.*)?", name) and not path.parent.is_dir():
-        return f"hub:{name}"
-    return str(path) if path.exists() else name
 
 
 def kind_of(form: str, config: TransformerConfig) -> Kind:

@@ -59,6 +59,7 @@ _MAY_CHANGE = (
     "training.report_every",
     "training.save_every",
     "training.evaluate_every",
+    "training.val_batches",
     "training.patience",
     "training.keep_last",
     "training.final_weights",
@@ -163,7 +164,7 @@ class Recipe:
                 f"{self.folder} holds a run of {found[-1]} steps: --resume it, or choose another --output for a new one"
             )
         if found and (self.folder / "recipe.yaml").is_file():
-            self._compare(read(self.folder / "recipe.yaml"))
+            self._compare(check(read(self.folder / "recipe.yaml")).values)  # with defaults of settings it had not yet
         tokenizer = load_tokenizer(Path(self.values["tokenizer"]).expanduser())
         vocab_size = self.config.embeddings.vocab_size
         if tokenizer.vocab_size > vocab_size:
@@ -191,7 +192,8 @@ class Recipe:
             joined.rows(TokenReader(train, objective, **sizes)),
             self.settings,
             self.folder,
-            valid=(lambda: joined.rows(TokenReader(valid, objective, **sizes, epochs=1, shuffle=False)))
+            # In a drawn order, the same at every evaluation and in every run: some of it then stands for all.
+            valid=(lambda: joined.rows(TokenReader(valid, objective, **sizes | {"seed": data["seed"]}, epochs=1)))
             if len(valid)
             else None,
             reporters=[_Keeper(self), *reporters],

@@ -102,7 +102,9 @@ def test_every_example_trains_and_its_model_loads_and_is_examined(
     monkeypatch.setattr("sys.argv", [str(script), str(tmp_path / "run"), "--batches", "2", "--show", "1"])
     runpy.run_path(str(script), run_name="__main__")
     shown = capsys.readouterr().out
-    assert re.search(r"^[\d,]+ hidden tokens: [\d.]+% found, .* most frequent: [\d.]+%\nbefore .*\n.* -> ", shown)
+    assert re.search(
+        r"^[\d,]+ hidden tokens: [\d.]+% found, .* most frequent: [\d.]+%; .* [\d.]+% found\nbefore .*\n.* -> ", shown
+    )
 
 
 def test_the_shipped_model_can_be_made_again(corpus, tmp_path, monkeypatch, capsys):
@@ -205,6 +207,26 @@ def test_a_finished_run_is_not_overwritten_nor_continued_as_another(mlxlm_comman
     status, _, err = mlxlm_command(*first, "--seed", 5, "--resume")
     assert (status, "training.seed was 0, is 5" in err) == (2, True)
     assert (tmp_path / "recipe.yaml").read_bytes() == before
+
+
+def test_a_run_that_began_before_a_setting_existed_goes_on(mlxlm_command, corpus, tmp_path):
+    first = arguments(corpus, tmp_path, "pretrain_gpt", 1)
+    assert mlxlm_command(*first)[0] == 0
+    saved = tmp_path / "recipe.yaml"
+    older = re.sub(r"\n  (best_by|val_batches|patience): .*", "", saved.read_text())
+    assert older.count("\n") == saved.read_text().count("\n") - 3
+    saved.write_text(older)
+    assert mlxlm_command(*first, "--resume")[0] == 0
+    assert "val_batches: 100" in saved.read_text()
+
+
+def test_a_damaged_checkpoint_is_one_line_with_what_to_do(mlxlm_command, corpus, tmp_path):
+    assert mlxlm_command(*arguments(corpus, tmp_path, "pretrain_gpt", 1))[0] == 0
+    (tmp_path / "checkpoints" / "step-00000001" / "optimizer.safetensors").write_bytes(b"")
+    status, _, err = mlxlm_command("pretrain", "--resume", "--output", tmp_path)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "optimizer.safetensors is damaged: it has 0 bytes" in err
+    assert "--output" in err
 
 
 @pytest.mark.parametrize(

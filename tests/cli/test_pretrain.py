@@ -209,7 +209,7 @@ def test_a_finished_run_is_not_overwritten_nor_continued_as_another(mlxlm_comman
     assert (tmp_path / "recipe.yaml").read_bytes() == before
 
 
-def test_a_run_that_began_before_a_setting_existed_goes_on(mlxlm_command, corpus, tmp_path):
+def test_a_run_goes_on_that_began_before_a_setting_existed_and_not_from_damaged_files(mlxlm_command, corpus, tmp_path):
     first = arguments(corpus, tmp_path, "pretrain_gpt", 1)
     assert mlxlm_command(*first)[0] == 0
     saved = tmp_path / "recipe.yaml"
@@ -218,10 +218,6 @@ def test_a_run_that_began_before_a_setting_existed_goes_on(mlxlm_command, corpus
     saved.write_text(older)
     assert mlxlm_command(*first, "--resume")[0] == 0
     assert "val_batches: 100" in saved.read_text()
-
-
-def test_a_damaged_checkpoint_is_one_line_with_what_to_do(mlxlm_command, corpus, tmp_path):
-    assert mlxlm_command(*arguments(corpus, tmp_path, "pretrain_gpt", 1))[0] == 0
     (tmp_path / "checkpoints" / "step-00000001" / "optimizer.safetensors").write_bytes(b"")
     status, _, err = mlxlm_command("pretrain", "--resume", "--output", tmp_path)
     assert (status, err.count("\n")) == (2, 1)

@@ -83,7 +83,9 @@ class Checkpoints:
         """Give the name back to a checkpoint whose process was killed between taking it and naming the new one."""
         for path in self.folder.glob(f".*{_REPLACED}") if self.folder.is_dir() else ():
             target = self.folder / path.name[1:].removesuffix(_REPLACED)
-            if not target.exists():
+            if target.exists():
+                shutil.rmtree(path)
+            else:
                 os.rename(path, target)
 
     def path(self, step: int) -> Path:

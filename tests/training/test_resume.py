@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -302,6 +303,8 @@ def test_a_process_killed_while_a_checkpoint_is_replaced_by_one_of_its_step_lose
         with pytest.raises(Killed):
             checkpoints.save(4, state)
     assert checkpoints.steps() == []
+    checkpoints.recover()
+    shutil.copytree(checkpoints.path(4), checkpoints.folder / ".step-00000004.replaced")  # killed a moment later
     checkpoints.recover()
     assert (checkpoints.steps(), same(whole_of(state), whole_of(checkpoints.load(4)))) == ([4], True)
     checkpoints.save(4, state)

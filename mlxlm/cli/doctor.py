@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 def doctor(
     tune: Annotated[
-        bool, typer.Option("--tune", help="Time the attention kernels on a model's shapes and keep the fastest.")
+        bool, typer.Option("--tune", help="Time attention and decoding steps on a model and keep the fastest.")
     ] = False,
     model: Annotated[
-        str | None, typer.Option("--model", metavar="PATH_OR_ID", help="The model whose shapes --tune times.")
+        str | None, typer.Option("--model", metavar="PATH_OR_ID", help="The model that --tune times.")
     ] = None,
     skip_check: Annotated[bool, typer.Option("--skip-check", help="Report the machine only.")] = False,
 ) -> None:
-    """Report machine, MLX, BLAS and memory, and check attention and norms against their formulas.
+    """Report machine, MLX, BLAS and memory, and check attention, norms and fused steps against their formulas.
 
     Metal kernels that fail are switched off on this machine, and a report to paste into an issue is printed.
     """
     if tune != (model is not None):
         raise UsageError("--tune and --model go together: the shapes that are timed are those of a model")
     machine()
-    failed = [] if skip_check else [*check_attention(), *check_norms()]
+    failed = [] if skip_check else [*check_attention(), *check_norms(), *check_one_token()]
     if tune:
         _tune(str(model))
     if failed:
@@ -86,6 +86,17 @@ def check_norms() -> list[Check]:
     return failed
 
 
+def check_one_token() -> list[Check]:
+    """Check the kernels of fused decoding steps where there are any; prints and returns as `check_attention` does."""
+    from mlxlm.kernels.one_token import selfcheck
+
+    checks = _watched("fused steps", selfcheck.run())
+    failed = _told("one token", checks, "as plain operations", of="")
+    if checks and selfcheck.record_failures(checks):
+        print("Fused decoding steps are switched off on this machine. Please paste all of this into an issue.")
+    return failed
+
+
 def _watched(what: str, checks: Iterator[Check]) -> list[Check]:
     """The checks, with a count on a terminal while they run."""
     done: list[Check] = []
@@ -98,12 +109,12 @@ def _watched(what: str, checks: Iterator[Check]) -> list[Check]:
     return done
 
 
-def _told(what: str, checks: list[Check], right: str) -> list[Check]:
+def _told(what: str, checks: list[Check], right: str, of: str = ", outputs and gradients") -> list[Check]:
     """Print how many of each implementation are right, and each that is not; returns the latter."""
     for implementation in dict.fromkeys(one.implementation for one in checks):
         own = [one for one in checks if one.implementation == implementation]
         good = sum(not one.problem for one in own)
-        print(f"{what:12} {implementation}: {good} of {len(own)} cases {right}, outputs and gradients")
+        print(f"{what:12} {implementation}: {good} of {len(own)} cases {right}{of}")
     failed = [one for one in checks if one.problem]
     for one in failed:
         print(f"FAILED       {one.implementation}, {one.case}: {one.problem}")
@@ -127,6 +138,7 @@ def _tune(model: str) -> None:
         for layer in stack.layers
     }
     on_cpu = runtime.backend() == "cpu"
+    _tune_steps(model, on_cpu)
     for shape in sorted(shapes, key=str):
         for line in selfcheck.tune(
             **dict(shape),
@@ -134,6 +146,18 @@ def _tune(model: str) -> None:
             lengths=(256, 1024) if on_cpu else (512, 2048, 8192),
         ):
             print(f"tuned        {line}")
+
+
+def _tune_steps(model: str, on_cpu: bool) -> None:
+    """Time decoding steps where the model decodes, and print what is found."""
+    from mlxlm.generation.step_tuning import tune_steps
+    from mlxlm.models.loading import load_model
+
+    loaded = load_model(model)
+    if loaded.config.decoder is None or loaded.config.has_memory or not loaded.config.predicts_words:
+        return
+    for line in tune_steps(loaded, prompt=64 if on_cpu else 512, tokens=16 if on_cpu else 64):
+        print(f"tuned        {line}")
 
 
 def _kernel_shape(spec: AttentionSpec, modifiers: tuple[str, ...]) -> tuple[tuple[str, Any], ...]:

@@ -15,6 +15,7 @@ from mlx import nn
 from mlxlm import runtime
 from mlxlm.kernels import one_token
 from mlxlm.kernels.one_token import Heads, Norm, Weight
+from mlxlm.kernels.one_token.selfcheck import disabled
 from mlxlm.layers import Block, Cache, KeyValueCache, TokenPositions
 from mlxlm.layers.cache_storage import FloatStorage
 from mlxlm.layers.joined import JoinedLinear
@@ -47,6 +48,8 @@ class FusedLayers:
     def __init__(self, model: Transformer):
         if runtime.backend() == "cpu":
             raise Unserved("these are kernels for a GPU")
+        if reason := disabled():
+            raise Unserved(f"the kernels failed their check on this device: {reason}")
         if model.config.has_memory or model.prompt is not None or model.config.decoder.positions is not None:
             raise Unserved("the model has an encoder, virtual tokens, or positions that all layers share")
         self.model = model

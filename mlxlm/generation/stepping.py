@@ -22,6 +22,7 @@ from mlx.utils import tree_flatten
 from mlxlm import runtime
 from mlxlm.errors import UsageError, nearest
 from mlxlm.generation.fused_step import FusedLayers, Unserved, is_plain
+from mlxlm.kernels.attention import tuning
 from mlxlm.layers import Block, Cache, CacheSpec, KeyValueCache, ParallelBlock, Scope, TokenPositions, WindowCache
 
 if TYPE_CHECKING:
@@ -77,9 +78,24 @@ _DEFAULTS = {
 }
 
 
-def default_stepping() -> Stepping:
-    """What is best here, or what the environment variable MLXLM_DECODE says, see `Stepping.parse`."""
-    return Stepping.parse(os.environ.get("MLXLM_DECODE", ""))
+def default_stepping(model: Transformer | None = None) -> Stepping:
+    """What the environment variable MLXLM_DECODE says (see `Stepping.parse`), else what was measured here, else usual.
+
+    Measured: by `mlxlm doctor --tune` for models of that size.  usual: what is best on this kind of device.
+    """
+    choice = os.environ.get("MLXLM_DECODE", "")
+    if not choice and model is not None:
+        choice = tuning.record(runtime.backend()).choices.get(tuning_key(model), "")
+    return Stepping.parse(choice)
+
+
+def tuning_key(model: Transformer) -> str:
+    """The name under which the best steps of a model of that size are recorded."""
+    decoder = model.config.decoder
+    layers, width = (0, 0) if decoder is None else (len(decoder.layers), model.config.embeddings.dim)
+    table = model.embeddings.token
+    kind = f"{table.bits} bits" if hasattr(table, "bits") else str(table.weight.dtype).removeprefix("mlx.core.")
+    return f"steps {kind} {layers} layers {width} wide"
 
 
 Step = Callable[[mx.array, Cache], mx.array]
@@ -91,7 +107,7 @@ def make_step(model: Transformer, stepping: Stepping | None = None) -> Step:
     Compiled steps hold on to the weights that the model has now. They are for models with one stack and no virtual
     tokens, all in this process, in evaluation mode; others take the plain step.
     """
-    stepping = default_stepping() if stepping is None else stepping
+    stepping = default_stepping(model) if stepping is None else stepping
     if stepping.joined and not model.training:
         model.join_projections()
     simple = not model.config.has_memory and model.prompt is None and model._alone
@@ -116,7 +132,7 @@ def _compiled_step(model: Transformer, compiled: Compiled) -> Step:
 
 def decoding_cache(model: Transformer, spec: CacheSpec | None = None, stepping: Stepping | None = None) -> Cache:
     """An empty cache that fits the form of the steps."""
-    stepping = default_stepping() if stepping is None else stepping
+    stepping = default_stepping(model) if stepping is None else stepping
     if spec is None and (stepping.compiled == "whole" or _keeps_all(model, stepping)):
         spec = CacheSpec(ragged=True)
     return model.make_cache(spec)

@@ -70,7 +70,7 @@ class Steps:
     def __init__(self, model: Transformer, cache: Cache | None = None):
         self.model = model
         self.cache = decoding_cache(model) if cache is None else cache
-        self.stepping = default_stepping()
+        self.stepping = default_stepping(model)
         self._step = make_step(model, self.stepping)
 
     def start(self, rows: Sequence[Sequence[int]]) -> mx.array:

@@ -212,3 +212,29 @@ def test_the_text_holds_to_metals_address_spaces(metal: Any) -> None:
     assert len(metal.kernels) == 6
     for text in metal.kernels.values():
         assert compiler.check_address_spaces(text) == ""
+
+
+def test_the_check_of_doctor_finds_all_right_here_and_a_wrong_kernel(
+    metal: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    from mlxlm import runtime
+    from mlxlm.kernels.attention import tuning
+    from mlxlm.kernels.one_token import selfcheck
+
+    assert list(selfcheck.run()) == []  # the CPU has no such kernels
+    monkeypatch.setenv("MLXLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(runtime, "backend", lambda: "metal")
+    monkeypatch.setattr(selfcheck, "LIMITS", {"float32": 1e-4})
+    tuning.record.cache_clear()
+    checks = list(selfcheck.run())
+    assert [check.problem for check in checks] == [""] * 8
+    assert selfcheck.record_failures(checks) == selfcheck.disabled() == ""
+    monkeypatch.setattr(selfcheck, "attend", lambda query, *_, **__: query)
+    wrong = list(selfcheck.run())
+    assert [check.case for check in wrong if check.problem] == [
+        "attention, float32", "attention, window, float32", "attention, split, float32"
+    ]  # fmt: skip
+    assert "relative error" in selfcheck.record_failures(wrong)
+    assert selfcheck.disabled().startswith("attention, float32: relative error")
+    assert selfcheck.record_failures(checks) == selfcheck.disabled() == ""
+    tuning.record.cache_clear()

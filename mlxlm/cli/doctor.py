@@ -138,7 +138,8 @@ def _tune(model: str) -> None:
         for layer in stack.layers
     }
     on_cpu = runtime.backend() == "cpu"
-    _tune_steps(model, on_cpu)
+    if not on_cpu:  # there a compiled form costs seconds of a C++ compiler at its first step
+        _tune_steps(model)
     for shape in sorted(shapes, key=str):
         for line in selfcheck.tune(
             **dict(shape),
@@ -148,7 +149,7 @@ def _tune(model: str) -> None:
             print(f"tuned        {line}")
 
 
-def _tune_steps(model: str, on_cpu: bool) -> None:
+def _tune_steps(model: str) -> None:
     """Time decoding steps where the model decodes, and print what is found."""
     from mlxlm.generation.step_tuning import tune_steps
     from mlxlm.models.loading import load_model
@@ -156,7 +157,7 @@ def _tune_steps(model: str, on_cpu: bool) -> None:
     loaded = load_model(model)
     if loaded.config.decoder is None or loaded.config.has_memory or not loaded.config.predicts_words:
         return
-    for line in tune_steps(loaded, prompt=64 if on_cpu else 512, tokens=16 if on_cpu else 64):
+    for line in tune_steps(loaded):
         print(f"tuned        {line}")
 
 

@@ -38,6 +38,8 @@ from mlxlm.server.running import listen, make_server
 
 KINDS = {"whole": 36, "stream": 26, "left": 8, "quit": 8, "slow": 6, "trickle": 6, "malformed": 10}
 MALFORMED = (b"", b"{", b"[1]", b'{"model": "m", "prompt": 3}', b'{"model": "m", "prompt": "a", "x": 1}', b"\xff")
+# Seconds after which a client that was sent away asks again; the server says one.
+AGAIN = (0.5, 1.5)
 # Of answers that are given up: so long, and without an end of their own, that nobody gets one whole.
 UNWANTED = 400
 
@@ -85,7 +87,7 @@ async def ask(client: httpx.AsyncClient, one: Expected, kind: str, dice: random.
     body = {"model": "m", "prompt": one.prompt, "max_tokens": one.tokens, "temperature": 0}
     if kind in ("left", "quit"):
         body |= {"max_tokens": UNWANTED, "logit_bias": outcome.endless}
-    for attempt in range(1000):
+    for _ in range(1000):
         began = time.perf_counter()
         if kind == "left":
             status, text = await leave(client, body, dice), ""
@@ -99,7 +101,7 @@ async def ask(client: httpx.AsyncClient, one: Expected, kind: str, dice: random.
         if status != 429:
             outcome.wrong.append(f"{kind}: status {status}")
             return
-        await asyncio.sleep(dice.uniform(0.05, 0.2) * min(attempt + 1, 5))
+        await asyncio.sleep(dice.uniform(*AGAIN))
     else:
         outcome.wrong.append(f"{kind}: never let in")
         return

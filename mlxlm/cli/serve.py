@@ -48,20 +48,15 @@ def serve(
     Endpoints: /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/models, /health, /metrics, and the page at /.
     Ctrl-C or SIGTERM lets running requests finish.
     """
-    try:
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UsageError(f"serve needs {error.name}: pip install 'mlxlm-kit[serve]'") from None
+    _check_installed()
     from mlxlm.server import ServerSettings, Service
     from mlxlm.server import serve as run
     from mlxlm.server.running import listen
 
     given = model or opt.shipped_model()
-    name = model_name or served_name(given)
     hosts = (*ServerSettings.hosts, *(allowed_host or ()))
     settings = ServerSettings(
-        name=name,
+        name=model_name or served_name(given),
         api_key=api_key,
         hosts=hosts if _is_loopback(host) or allowed_host else ("*",),
         max_rows=max_rows,
@@ -76,10 +71,19 @@ def serve(
     if not _is_loopback(host) and api_key is None:
         print("warning: whoever reaches this machine can use the model; set --api-key", file=sys.stderr)
     network, tokenizer = opt.load(given, dtype, revision, adapter_path)
-    service = Service(network, tokenizer, settings)
-    run(
-        service, listening, lambda url: print(f"{name} at {url} (page) and {url}/v1 (API)", file=sys.stderr, flush=True)
-    )
+
+    def ready(url: str) -> None:
+        print(f"{settings.name} at {url} (page) and {url}/v1 (API)", file=sys.stderr, flush=True)
+
+    run(Service(network, tokenizer, settings), listening, ready)
+
+
+def _check_installed() -> None:
+    try:
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UsageError(f"serve needs {error.name}: pip install 'mlxlm-kit[serve]'") from None
 
 
 def served_name(model: str) -> str:

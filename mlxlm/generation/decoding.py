@@ -152,21 +152,34 @@ def stream_generate(
     limit = room(model, tokens, max_tokens)
     if constraint is not None:
         processors = (*processors, constraint.processor(sampler.vocab_size))
-    if speculation is not None and (processors or guidance is not None):
-        raise UsageError("speculation guesses tokens ahead: it goes with no constraint, no processors and no guidance")
+    _check_together(sampling, processors, speculation, guidance, contrastive)
     if guidance is not None:
         check_ids(model, guidance.negative)
         limit = room(model, guidance.negative, limit)
+    common = (model, tokens, cache, sampler, limit)
+    if contrastive is not None:
+        choices = contrastive_decode(*common, contrastive, likelihoods, processors)
+    elif speculation is not None:
+        choices = speculative_decode(*common, speculation, likelihoods)
+    else:
+        choices = decode(*common, likelihoods, processors, guidance)
+    return _pieces(tokenizer, tokens, cache.length, choices, stops, set(tokenizer.stop_ids) | set(stop_tokens), limit)
+
+
+def _check_together(
+    sampling: Sampling,
+    processors: Sequence[Processor],
+    speculation: Speculation | None,
+    guidance: Guidance | None,
+    contrastive: ContrastiveSearch | None,
+) -> None:
+    """Raise UsageError or SamplingError for ways to an answer that can't be combined."""
     if contrastive is not None:
         contrastive.check_sampling(sampling)
         if speculation is not None or guidance is not None:
             raise UsageError("contrastive search goes with no speculation and no guidance")
-        choices = contrastive_decode(model, tokens, cache, sampler, limit, contrastive, likelihoods, processors)
-    elif speculation is None:
-        choices = decode(model, tokens, cache, sampler, limit, likelihoods, processors, guidance)
-    else:
-        choices = speculative_decode(model, tokens, cache, sampler, limit, speculation, likelihoods)
-    return _pieces(tokenizer, tokens, cache.length, choices, stops, set(tokenizer.stop_ids) | set(stop_tokens), limit)
+    if speculation is not None and (processors or guidance is not None):
+        raise UsageError("speculation guesses tokens ahead: it goes with no constraint, no processors and no guidance")
 
 
 def make_sampler(model: Transformer, tokenizer: Tokenizer, prompt: list[int], sampling: Sampling) -> Sampler:

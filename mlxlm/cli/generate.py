@@ -23,7 +23,7 @@ from mlxlm.cli.answer_flags import (
     SEARCH_FLAGS,
 )
 from mlxlm.cli.flags import given_of, with_flags
-from mlxlm.errors import PromptError
+from mlxlm.errors import PromptError, UsageError
 
 if TYPE_CHECKING:
     from mlxlm.cli.ways import Way
@@ -146,6 +146,8 @@ def _print_best(
     from mlxlm.generation import best_of
     from mlxlm.generation.decoding import prompt_tokens
 
+    if network.config.has_memory:
+        raise UsageError("--best-of is for decoders, and this model has an encoder too; --num-beams serves it")
     start = time.perf_counter()
     (found,) = best_of(
         network,

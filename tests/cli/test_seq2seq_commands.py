@@ -47,6 +47,7 @@ def test_several_answers_come_with_their_scores(mlxlm_command, tiny_seq2seq_dire
         (["--num-beams", "2", "--early-stopping", "maybe"], "true, false or never"),
         (["--num-beams", "2", "--temp", "0.5"], "goes without --temp"),
         (["--num-beams", "2", "--stop", "x"], "goes without --stop"),
+        (["--best-of", "2", "--temp", "1"], "--best-of is for decoders"),
     ],
     ids=str,
 )

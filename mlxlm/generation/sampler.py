@@ -35,7 +35,7 @@ class Sampler:
     """Chooses the next token of each row of a batch; see `Sampling`. Rows come (`join`) and go (`take`).
 
     vocab_size: ids from there on are never chosen. What a row draws depends on its own seed alone, not on the others.
-    compiled: choose by one compiled function; default on GPUs, where each of its kernels costs as much as a layer's.
+    compiled: draw by one compiled function; default on GPUs, where each of its kernels costs as much as a layer's.
     """
 
     def __init__(self, vocab_size: int, *, compiled: bool | None = None):
@@ -114,7 +114,7 @@ class Sampler:
 
         -1 for a row with a logit that is not a number: `chosen` makes an error of it once the token is read.
         """
-        if not self.compiled:
+        if not (self.compiled and self._work.draws):
             return self._choose(logits, added)
         held = {name: array for name in _ARRAYS if (array := getattr(self, name)) is not None}
         tokens, changed = _compiled(self._work)(logits, [] if added is None else [added], held)
@@ -135,7 +135,8 @@ class Sampler:
             drawn = mx.argmax(self.filtered(logits) + self.noise(), axis=-1)
             tokens = drawn if greedy is None else mx.where(self._drawn, drawn, greedy)
         self.observe(tokens)
-        return mx.where(broken, -1, tokens.astype(mx.int32))
+        # The largest of 32 bits is -1 when it is read with a sign, which takes no kernel as a conversion would.
+        return mx.where(broken, mx.array(2**32 - 1, dtype=mx.uint32), tokens).view(mx.int32)
 
     def observe(self, tokens: mx.array) -> None:
         """Count tokens (B,) as having occurred."""

@@ -100,6 +100,31 @@ def test_lion_and_sgd_take_the_steps_of_their_papers():
     assert np.allclose(twice[MATRIX], np.array(parameters[MATRIX]) - 0.25 * np.array(gradients[MATRIX]), atol=1e-6)
 
 
+def test_adafactor_follows_its_formula_over_steps():
+    """Shazeer and Stern 2018, arXiv:1804.04235, algorithms 4 and 5: squares of matrices kept by rows and columns, an
+    update of at most root mean square 1, a step of the learning rate that is given.
+    """
+    parameters = arrays(0)
+    optimizer = Optimizer(TrainSettings(steps=9, optimizer="adafactor"), parameters)
+    w = {name: np.array(array, dtype=np.float64) for name, array in parameters.items()}
+    rows, columns, whole = (dict.fromkeys(w, 0.0) for _ in range(3))
+    for step in range(1, 5):
+        gradients, kept = arrays(step), 1.0 - step**-0.8
+        parameters = update(optimizer, gradients, parameters, 0.1)
+        for name in w:
+            g = np.array(gradients[name], dtype=np.float64)
+            squares = g * g + 1e-30
+            if g.ndim == 2:
+                rows[name] = kept * rows[name] + (1 - kept) * squares.mean(1)
+                columns[name] = kept * columns[name] + (1 - kept) * squares.mean(0)
+                estimate = np.outer(rows[name], columns[name]) / rows[name].mean()
+            else:
+                whole[name] = estimate = kept * whole[name] + (1 - kept) * squares
+            change = g / np.sqrt(estimate)
+            w[name] = w[name] - 0.1 * change / max(1.0, np.sqrt((change * change).mean()))
+            assert np.abs(np.array(parameters[name]) - w[name]).max() < 1e-5, name
+
+
 def test_muon_makes_the_update_of_a_layers_matrix_orthogonal_and_leaves_the_rest_to_adamw():
     parameters, gradients = arrays(0), arrays(1)
     muon = Optimizer(TrainSettings(steps=2, optimizer="muon"), parameters)

@@ -55,6 +55,19 @@ def test_2n_steps_equal_n_and_n_more_bit_for_bit(settings, tmp_path):
     assert {step: curves[1][step] for step in curves[0]} == curves[0]
 
 
+def test_a_resumed_run_stops_as_early_as_the_whole_one(tmp_path):
+    settings = {
+        "evaluate_every": 1, "patience": 3, "valid": Valid, "learning_rate": 0.5, "schedule": "constant", "save_every": 0,
+        "accumulation": 1,
+    }  # fmt: skip
+    whole, expected = run(tmp_path / "whole", 60, **settings)
+    assert expected.reason == "early"
+    run(tmp_path / "parts", 60, until=expected.best_step + 2, **settings)
+    weights, result = run(tmp_path / "parts", 60, **settings)
+    assert same(whole, weights)
+    assert (result.reason, result.step, result.best) == ("early", expected.step, expected.best)
+
+
 def test_bug_6_a_resumed_run_keeps_its_step_its_optimizer_and_its_files(tmp_path):
     run(tmp_path, 10, until=4)
     before = Checkpoints(tmp_path).load(4)

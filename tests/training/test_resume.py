@@ -57,8 +57,8 @@ def test_2n_steps_equal_n_and_n_more_bit_for_bit(settings, tmp_path):
 
 def test_a_resumed_run_stops_as_early_as_the_whole_one(tmp_path):
     settings = {
-        "evaluate_every": 1, "patience": 3, "valid": Valid, "learning_rate": 0.5, "schedule": "constant", "save_every": 0,
-        "accumulation": 1,
+        "evaluate_every": 1, "patience": 3, "valid": Valid, "learning_rate": 0.5, "schedule": "constant",
+        "save_every": 0, "accumulation": 1,
     }  # fmt: skip
     whole, expected = run(tmp_path / "whole", 60, **settings)
     assert expected.reason == "early"

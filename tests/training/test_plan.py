@@ -121,6 +121,7 @@ CASES = {
     "grouped-128": case("rotary", 4, 128, shape=TWO),
     "grouped-512": case("rotary", 2, 512, shape=TWO),
     "grouped-512-recomputed": case("rotary", 2, 512, -1, shape=TWO),
+    "grouped-128-recomputed": case("rotary", 4, 128, -1, shape=TWO),
     "grouped-2048": case("rotary", 1, 2048, shape=ONE),
     "grouped-1024-frozen": case("rotary", 1, 1024, change=norm_of_the_first_block, shape=TWO),
     "learned-256": case("learned", 4, 256),
@@ -149,6 +150,7 @@ CASES = {
     "average": case("learned", 1, 128, average=True),
     "accumulated": case("rotary", 1, 256, accumulation=3, shape=TWO),
     "accumulated-large": case("learned", 2, 512, accumulation=2),
+    "bfloat16-128": case("rotary", 2, 128, dtype="bfloat16", shape=TWO),
     "bfloat16": case("rotary", 2, 512, dtype="bfloat16", shape=TWO),
     "bfloat16-whole": case("rotary", 2, 256, dtype="bfloat16", master_weights=False, shape=TWO),
     "bfloat16-average-accumulated": case(
@@ -160,8 +162,10 @@ CASES = {
     "muon": case("rotary", 1, 64, optimizer="muon", shape=TWO),
 }  # fmt: skip
 SLOW = (
-    "grouped-2048", "grouped-1024-frozen", "learned-2048-recomputed", "encoder-1024-frozen", "both-512-recomputed",
-    "lora-quantized", "accumulated-large", "bfloat16", "bfloat16-average-accumulated", "bfloat16-lora",
+    "grouped-512", "grouped-512-recomputed", "grouped-2048", "grouped-1024-frozen", "learned-256",
+    "learned-2048-recomputed", "encoder-512", "encoder-1024-frozen", "both-256", "both-512-recomputed",
+    "lora", "lora-all-linear", "lora-recomputed", "lora-quantized", "dropout-recomputed", "dropout-bfloat16",
+    "accumulated-large", "bfloat16", "bfloat16-whole", "bfloat16-average-accumulated", "bfloat16-lora",
 )  # fmt: skip
 
 

@@ -57,7 +57,7 @@ class Comm:
         if self.size == 1:
             return x
         if self.native is not None:
-            return self._native(mx.distributed.all_sum, x)
+            return self._native(mx.distributed.all_sum, x, what)
         flat = x.reshape(-1)
         if self.size == 2 or flat.size < 4096:
             return _added(self._exchange(x, what), x.dtype)
@@ -76,7 +76,7 @@ class Comm:
         if self.size == 1:
             return x[None]
         if self.native is not None:
-            return self._native(mx.distributed.all_gather, x[None])
+            return self._native(mx.distributed.all_gather, x[None], what)
         return mx.stack(self._exchange(x, what))
 
     def gather(self, x: mx.array, axis: int = 0, what: str = "gather") -> mx.array:
@@ -98,15 +98,15 @@ class Comm:
         if self.native is None:
             return self._scattered_sum(x.reshape(self.size, rows, *x.shape[1:]), what)
         if self.world.backend in SCATTERS:
-            return self._native(mx.distributed.sum_scatter, x)
-        return self._native(mx.distributed.all_sum, x)[self.index * rows : (self.index + 1) * rows]
+            return self._native(mx.distributed.sum_scatter, x, what)
+        return self._native(mx.distributed.all_sum, x, what)[self.index * rows : (self.index + 1) * rows]
 
     def broadcast(self, x: mx.array, root: int = 0, what: str = "broadcast") -> mx.array:
         """The array of the rank at index `root`, on all of them; elsewhere x gives shape and dtype."""
         if self.size == 1:
             return x
         if self.native is not None:
-            return self._native(mx.distributed.all_sum, x if self.index == root else mx.zeros_like(x))
+            return self._native(mx.distributed.all_sum, x if self.index == root else mx.zeros_like(x), what)
         label = self._label(what, x)
         if self.index != root:
             return self._take(root, label)
@@ -149,12 +149,13 @@ class Comm:
             names = f"rank{'s' * (len(apart) > 1)} {', '.join(map(str, apart))}"
             raise DistributedError(f"the ranks disagree about {what}: {names} of {len(rows)} differ from the others")
 
-    def _native(self, operation: Callable[..., mx.array], x: mx.array) -> mx.array:
+    def _native(self, operation: Callable[..., mx.array], x: mx.array, what: str) -> mx.array:
         """An operation of the backend, computed after the one that was called before it, on every rank alike.
 
         MLX may otherwise order operations that don't depend on each other by the rest of the graph, which differs from
         rank to rank with the lengths of its rows: sums would meet other sums.
         """
+        self.world.last_asked = what
         last = self.world.last_operation
         if last is not None:
             (x,) = mx.depends([x], [last])

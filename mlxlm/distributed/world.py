@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import threading
@@ -65,6 +66,7 @@ class World:
         self.links: Links | None = None
         # The result of the newest operation of the backend, which the next one waits for.
         self.last_operation: mx.array | None = None
+        self.last_asked = ""  # what it is for
         if self.size > 1:
             self.links = Links(self.rank, self.size, self._exchange, own_address(host), self._lost.append)
             self._seen = dict.fromkeys(range(self.size), time.monotonic())
@@ -105,9 +107,12 @@ class World:
         return self.comm([tuple(range(self.size))], "world")
 
     @contextlib.contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
-        """A stretch of work that waits for other ranks; longer than the time limit, it ends the run."""
-        before, self._waiting = self._waiting, (what, time.monotonic())
+    def waiting(self, what: str, *, limited: bool = True) -> Iterator[None]:
+        """A stretch of work that waits for other ranks; longer than the time limit, it ends the run.
+
+        limited: whether that limit holds; else the others may take any time, as long as they live.
+        """
+        before, self._waiting = self._waiting, (what, time.monotonic() if limited else math.inf)
         try:
             yield
         except RuntimeError as error:
@@ -136,7 +141,8 @@ class World:
         if self.rank == 0:
             yield
         if self.size > 1:
-            mx.eval(self.everyone.sum(mx.array(1), "the first rank's work"))
+            with self.waiting("the first rank's work", limited=False):
+                mx.eval(self.everyone.sum(mx.array(1), "the first rank's work"))
         if self.rank:
             yield
 
@@ -177,8 +183,12 @@ class World:
     ) -> None:
         if error is None or (isinstance(error, SystemExit) and not error.code):
             self.close()
-        else:
-            self.abort(f"rank {self.rank} ended: {error if isinstance(error, MlxlmError) else kind}")
+            return
+        # What MLX says when a connection breaks names nobody.
+        lost = self._blame() if self.size > 1 and isinstance(error, RuntimeError) else ""
+        self.abort(f"rank {self.rank} ended: {error if isinstance(error, MlxlmError) else kind}")
+        if lost:
+            raise DistributedError(f"rank {self.rank} can't go on behind {self.last_asked!r}: {lost}") from error
 
     def _exchange(self, text: str) -> list[str]:
         """A short text of every rank, over the backend."""

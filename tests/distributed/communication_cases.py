@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import mlx.core as mx
@@ -83,6 +84,20 @@ def different_operations(world, folder):
     comm.sum(mx.zeros((2 + world.rank,)), "a sum")
 
 
+def dies_first(world, folder, who, where):
+    """Rank `who` ends while the first rank works alone, or while the others compute together outside all limits."""
+    if where == "alone":
+        with world.first_alone():
+            time.sleep(0.5)
+            if world.rank == int(who):
+                os._exit(9)
+            time.sleep(0.5)
+    for _ in range(1000):
+        if world.rank == int(who):
+            os._exit(9)
+        mx.eval(world.everyone.sum(mx.zeros((1000,))))
+
+
 def dies(world, folder, how):
     """Rank 1 ends in the middle, or stays away; rank 0 waits inside MLX itself."""
     (folder / f"pid{world.rank}").write_text("here")
@@ -90,8 +105,6 @@ def dies(world, folder, how):
         if how == "raise":
             raise ValueError("a mistake of rank 1")
         if how == "exit":
-            import os
-
             os._exit(9)
         time.sleep(60)
     with world.waiting("gradients"):

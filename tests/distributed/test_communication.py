@@ -67,7 +67,12 @@ def fail(function, *arguments, timeout=2.0):
 
 
 @pytest.mark.parametrize(
-    ("how", "named"), [("exit", "rank 1 is gone"), ("hang", "did not come to it"), ("raise", "a mistake of rank 1")]
+    ("how", "named"),
+    [
+        ("exit", "rank 1 is gone"),
+        ("hang", "did not come to it"),
+        pytest.param("raise", "a mistake of rank 1", marks=pytest.mark.slow),
+    ],
 )
 def test_a_rank_that_fails_ends_the_run_everywhere_and_is_named(how, named):
     statuses, errors, seconds = fail("dies", how)
@@ -75,6 +80,21 @@ def test_a_rank_that_fails_ends_the_run_everywhere_and_is_named(how, named):
     assert statuses[1] != 0
     assert named in "".join(errors)
     assert "gradients" in errors[0] or how == "raise"
+    assert seconds < 15
+
+
+@pytest.mark.parametrize(
+    ("who", "where"),
+    [(0, "alone"), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((1, "alone"), (1, "sum")))],
+)
+def test_survivors_of_a_rank_that_dies_where_nothing_limits_the_wait_say_one_line(who, where):
+    statuses, errors, seconds = fail("dies_first", who, where)
+    assert statuses[who] == 9
+    assert statuses[1 - who] == 75
+    (line,) = (line for line in errors[1 - who].splitlines() if not line.startswith("[ring]"))  # MLX's own
+    assert line.startswith(f"error: rank {1 - who} ")
+    assert f"{'sum' if who else 'the first rank'}" in line
+    assert f"rank {who} is gone: its process ended" in line
     assert seconds < 15
 
 

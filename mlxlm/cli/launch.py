@@ -27,15 +27,15 @@ def launch(
     """Run a verb in several processes: mlxlm launch -n 4 pretrain --config recipe.yaml --mesh dp=2,tp=2"""
     import os
 
+    from mlxlm.distributed.hosts import BACKENDS, launch_on_hosts
     from mlxlm.distributed.launching import launch as start
-    from mlxlm.distributed.launching import launch_on_hosts
     from mlxlm.errors import UsageError, nearest
 
     verb = command[0]
     if verb not in SHARING:
         raise UsageError(f"{verb!r} is no verb that several processes can share{nearest(verb, SHARING)}")
-    if backend not in ("ring", "jaccl", "mpi"):
-        raise UsageError(f"unknown backend {backend!r}{nearest(backend, ('ring', 'jaccl', 'mpi'))}")
+    if backend not in BACKENDS:
+        raise UsageError(f"unknown backend {backend!r}{nearest(backend, BACKENDS)}")
     if timeout is not None:
         if timeout <= 0:
             raise UsageError(f"--timeout {timeout:g}; expected more than 0")

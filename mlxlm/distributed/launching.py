@@ -1,4 +1,4 @@
-"""Starting the processes of a run: by ourselves on one machine, by mlx.launch on several."""
+"""Starting the processes of a run on one machine; hosts.py does it on several."""
 
 from __future__ import annotations
 
@@ -150,27 +150,3 @@ def free_ports(count: int) -> list[int]:
     for one in sockets:
         one.close()
     return ports
-
-
-def launch_on_hosts(command: Sequence[str], hostfile: Path, *, count: int | None, backend: str, say: Say) -> int:
-    """Run a command on the machines that a host file of mlx.launch names; its exit status.
-
-    count: processes on each machine, default 1.  backend: "ring", "jaccl" (Thunderbolt RDMA) or "mpi".
-    Raises UsageError for a file that is not there or no JSON list.
-    """
-    try:
-        hosts = json.loads(hostfile.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{hostfile} can't be read: {error.strerror}") from None
-    except ValueError:
-        hosts = None
-    listed = hosts.get("hosts") if isinstance(hosts, dict) else hosts
-    if not isinstance(listed, list) or not listed or not all(isinstance(host, dict) for host in listed):
-        raise UsageError(f"{hostfile}: expected a JSON list of hosts, as mlx.distributed_config writes it")
-    words = ["mlx.launch", "--hostfile", str(hostfile), "--backend", backend]
-    words += [] if count is None else ["--repeat-hosts", str(count)]
-    say("starting " + " ".join([*words, "--", *command]))
-    try:
-        return subprocess.run([*words, "--", *command], stdin=subprocess.DEVNULL, check=False).returncode
-    except FileNotFoundError:
-        raise UsageError("mlx.launch is not on the path; it comes with MLX: pip install mlx") from None

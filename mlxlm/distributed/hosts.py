@@ -79,8 +79,8 @@ def launch_on_hosts(command: Sequence[str], hostfile: Path, *, count: int | None
         words = [launcher, "--hostfile", str(file), "--backend", backend]
         if backend == "ring" and all(host["ssh"] == _LOCAL for host in hosts):
             words += ["--starting-port", str(free_ports(1)[0])]
-        say(f"starting {len(every)} processes on {len(hosts)} host{'s' * (len(hosts) > 1)}: mlx.launch --backend {backend} -- "
-            + " ".join(command))  # fmt: skip
+        machines = f"{len(hosts)} host{'s' * (len(hosts) > 1)}"
+        say(f"starting {len(every)} processes on {machines} over {backend}: {' '.join(command)}")
         return _status([*words, "--", *command])
 
 

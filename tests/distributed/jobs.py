@@ -33,8 +33,8 @@ TWO = {
 }
 
 
-def run(count, jobs, limit=120):
-    """What each of the jobs gave, by its name."""
+def run(count, jobs, limit=120, **options):
+    """What each of the jobs gave, by its name.  options: of `run_ranks`."""
 
     def prepare(folder):
         for name, (module, function, arguments) in jobs.items():
@@ -43,7 +43,7 @@ def run(count, jobs, limit=120):
                 (folder / name).mkdir()
                 make(folder / name, arguments)
 
-    results = run_ranks(count, "jobs", "all_of_them", json.dumps(jobs), limit=limit, prepare=prepare)
+    results = run_ranks(count, "jobs", "all_of_them", json.dumps(jobs), limit=limit, prepare=prepare, **options)
     return {name: [named(got, name) for got in results] for name in jobs}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -72,15 +73,32 @@ def finish(processes, limit):
     return statuses, errors
 
 
-def run_ranks(count, module, function, *arguments, limit=60, prepare=lambda folder: None):
+def start_under_mpi(count, module, function, *arguments, folder, timeout=20):
+    """The one process that starts the others: the mpirun of OpenMPI on the path, whose libraries lie beside it."""
+    program = Path(shutil.which("mpirun"))
+    environment = {
+        **next(environments(count, folder, timeout)), "MLX_MPI_LIBNAME": "libmpi.so.40",
+        "LD_LIBRARY_PATH": str(program.parent.parent / "lib"),
+    }  # fmt: skip
+    del environment["MLX_HOSTFILE"], environment["MLX_RANK"]
+    words = [sys.executable, "-W", "error", __file__, module, function, str(folder), *map(str, arguments)]
+    return [
+        subprocess.Popen(
+            [str(program), "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", str(count), *words],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+    ]  # fmt: skip
+
+
+def run_ranks(count, module, function, *arguments, limit=60, prepare=lambda folder: None, start=start_ranks):
     """What the function gave on each rank, dicts of numpy arrays. Fails when a rank does.
 
-    prepare: called with the ranks' folder before they start.
+    prepare: called with the ranks' folder before they start.  start: how.
     """
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
-        statuses, errors = finish(start_ranks(count, module, function, *arguments, folder=folder), limit)
-        assert statuses == [0] * count, "\n".join(errors)
+        statuses, errors = finish(start(count, module, function, *arguments, folder=folder), limit)
+        assert not any(statuses), "\n".join(errors)
         results = []
         for rank in range(count):
             with np.load(Path(folder) / f"{rank}.npz") as file:

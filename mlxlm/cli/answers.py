@@ -5,7 +5,9 @@ given: the flags that a person gave, by the names of their settings.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mlxlm.cli import options as opt
@@ -50,6 +52,13 @@ def sampling(given: Given) -> Sampling:
     if "logit_bias" in values:
         values["logit_bias"] = opt.parse_logit_bias(values["logit_bias"])
     return Sampling(**values)
+
+
+def alike(chosen: Sampling, group: Joined) -> Sampling:
+    """The same choices in all processes that share a model, which must draw the same numbers."""
+    if group.alone or chosen.seed is not None:
+        return chosen
+    return replace(chosen, seed=group.world.share(secrets.randbits(32)))
 
 
 def cache_spec(given: Given) -> CacheSpec | None:

@@ -15,6 +15,7 @@ from mlxlm.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from mlxlm.data import Rows
+    from mlxlm.distributed import Joined
 
 
 def evaluate(
@@ -69,6 +70,7 @@ def evaluate(
     ] = False,
     dtype: opt.Dtype = None,
     revision: opt.Revision = None,
+    mesh: opt.MeshFlag = None,
 ) -> None:
     """Measure a model: JSON on stdout, a table on stderr. What is measured follows from the rows:
 
@@ -81,22 +83,17 @@ def evaluate(
     if limit is not None and limit < 1:
         raise UsageError(f"--limit is {limit}, but must be at least 1")
     model = model or opt.shipped_model()
-    start = time.perf_counter()
+    loading: dict[str, Any] = {"dtype": dtype, "revision": revision, "adapters": adapter_path}
     if tasks is not None:
         foreign = {"--split": split, "--stride": stride, "--predictions": predictions}
         for flag in (flag for flag, value in foreign.items() if value is not None):
             raise UsageError(f"{flag} is for --data, not for --tasks")
-        from mlxlm.generation import Requests, run_harness
-
-        network, tokenizer = opt.load(model, dtype, revision, adapter_path)
-        requests = Requests(network, tokenizer, batch_size=batch_size, max_length=window, max_tokens=max_tokens or 256)
-        names = [name.strip() for name in tasks.split(",") if name.strip()]
-        found = run_harness(
-            requests, names, num_fewshot=num_fewshot, limit=limit, include_path=include_path, chat=apply_chat_template
-        )
-        _print({"model": model, "tasks": found}, start)
+        of_tasks = {"num_fewshot": num_fewshot, "limit": limit, "include_path": include_path}
+        sizes = {"batch_size": batch_size, "max_length": window, "max_tokens": max_tokens or 256}
+        with opt.joined(mesh, axes=("tp", "pp")) as group:
+            _evaluate_tasks(tasks, model, loading, sizes, {**of_tasks, "chat": apply_chat_template}, group)
         return
-    from mlxlm.generation import EvaluationSettings, as_predictions, evaluate_rows
+    from mlxlm.generation import EvaluationSettings
 
     settings = EvaluationSettings(
         batch_size=batch_size, truncate=truncate, window=window, stride=stride, max_tokens=max_tokens,
@@ -106,8 +103,36 @@ def evaluate(
     target = opt.Output(predictions) if predictions is not None else None  # refuses before anything is computed
     if target is not None and rows.format == "text":
         raise UsageError("--predictions is for rows that have an answer, not for text")
-    network, tokenizer = opt.load(model, dtype, revision, adapter_path)
-    scores = evaluate_rows(network, tokenizer, rows, settings, progress=_Progress())
+    with opt.joined(mesh, axes=("tp", "pp")) as group:
+        _evaluate_rows(rows, model, loading, settings, target, group)
+
+
+def _evaluate_tasks(
+    tasks: str, model: str, loading: dict[str, Any], sizes: dict[str, Any], wanted: dict[str, Any], group: Joined
+) -> None:
+    """Measure tasks of lm_eval, in all processes of a group together, and print what the first found."""
+    from mlxlm.generation import Requests, run_harness
+
+    start = time.perf_counter()
+    network, tokenizer = opt.load(model, **loading, group=group)
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    found = run_harness(Requests(network, tokenizer, **sizes), names, **wanted)
+    if group.first:
+        _print({"model": model, "tasks": found}, start)
+
+
+def _evaluate_rows(
+    rows: Rows, model: str, loading: dict[str, Any], settings: Any, target: opt.Output | None, group: Joined
+) -> None:
+    """Measure rows, in all processes of a group together, and print what the first found."""
+    from mlxlm.generation import as_predictions, evaluate_rows
+
+    start = time.perf_counter()
+    network, tokenizer = opt.load(model, **loading, group=group)
+    progress = _Progress() if group.first else (lambda what, done, count: None)
+    scores = evaluate_rows(network, tokenizer, rows, settings, progress=progress)
+    if not group.first:
+        return
     if target is not None:
         with target as file:
             for row in as_predictions(rows, scores.predicted):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import sys
 import time
 from dataclasses import replace
@@ -55,8 +54,7 @@ def generate(
     with opt.joined(mesh, axes=("tp", "pp")) as group:
         if not group.alone:
             ways.check_shared(given)
-            if way.sampling.seed is None:  # all processes draw alike
-                way = replace(way, sampling=replace(way.sampling, seed=group.world.share(secrets.randbits(32))))
+            way = replace(way, sampling=answers.alike(way.sampling, group))
         text = group.world.share(opt.read_text(prompt) if group.first else prompt)
         if not text:
             raise PromptError("the prompt is empty; give one with --prompt")

@@ -9,7 +9,10 @@ from typing import Annotated
 import typer
 
 # The verbs that can share their work, and what they are given when they are started again.
-SHARING = {"pretrain": ("--resume",), "finetune": ("--resume",), "align": ("--resume",), "generate": ()}
+SHARING: dict[str, tuple[str, ...]] = {
+    "pretrain": ("--resume",), "finetune": ("--resume",), "align": ("--resume",), "generate": (), "chat": (),
+    "evaluate": (),
+}  # fmt: skip
 
 
 def launch(
@@ -33,7 +36,7 @@ def launch(
 
     verb = command[0]
     if verb not in SHARING:
-        raise UsageError(f"{verb!r} is no verb that several processes can share{nearest(verb, SHARING)}")
+        raise UsageError(f"{verb!r} is no verb that several processes can share; these are: {', '.join(SHARING)}")
     if backend not in BACKENDS:
         raise UsageError(f"unknown backend {backend!r}{nearest(backend, BACKENDS)}")
     if timeout is not None:

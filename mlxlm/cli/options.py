@@ -119,13 +119,11 @@ def load(
     weights = adapter_weights(adapters or ())
 
     if group is not None and not group.alone:
-        if weights:
-            raise UsageError("an adapter can't be shared by several processes; put it into the model: mlxlm fuse")
         with group.world.first_alone():
             path = find(model, revision=revision)
-        from mlxlm.models import load as load_checkpoint
+        from mlxlm.peft import load_with_adapter
 
-        network, tokenizer = load_checkpoint(path, dtype=dtype, quantized=quantized, lazy=True)
+        network, tokenizer = load_with_adapter(path, adapter=weights, dtype=dtype, quantized=quantized, lazy=True)
         group.serve(network)
         return network, tokenizer
     path = find(model, revision=revision)  # shows progress bars of its own

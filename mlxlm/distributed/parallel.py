@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxlm.distributed.buckets import summed
 from mlxlm.distributed.communicator import Comm
 from mlxlm.distributed.mesh import Mesh
-from mlxlm.distributed.pieces import Piece
+from mlxlm.distributed.pieces import Piece, own_memory
 from mlxlm.distributed.pipeline import Pipeline
 from mlxlm.distributed.ring_attention import share_rows, take_whole_rows
 from mlxlm.distributed.stages import StagePlan, split_stages
@@ -139,7 +139,7 @@ class Parallel:
         for name in trained:
             if name not in self._in_layers:
                 self.pieces[name] = shard_piece(self.data, self.pieces[name])
-        return {name: a if name in self._in_layers else shard(self.data, a) for name, a in trained.items()}
+        return {name: a if name in self._in_layers else own_memory(shard(self.data, a)) for name, a in trained.items()}
 
     def weights(self, kept: Arrays) -> Arrays:
         """The weights that the model computes with, of what is kept."""

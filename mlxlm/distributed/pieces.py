@@ -15,6 +15,13 @@ def share(total: int, parts: int, index: int) -> tuple[int, int]:
     return start, start + size + (index < rest)
 
 
+def own_memory(array: mx.array) -> mx.array:
+    """A computed copy of an array that may be a view of a larger one, which can then be let go."""
+    copy = array * mx.array(1, dtype=array.dtype)
+    mx.eval(copy)
+    return copy
+
+
 @dataclass(frozen=True)
 class Piece:
     """A box of an array.  shape: of the whole array.  start, stop: of the box, by axis."""
@@ -64,6 +71,10 @@ class Piece:
         if self.size == array.shape:
             return array
         return array[self.slices(base)]
+
+    def taken(self, array: mx.array) -> mx.array:
+        """`cut` out of the whole array, computed now and in memory of its own: a mere slice would keep the whole."""
+        return own_memory(self.cut(array))
 
     def paste(self, array: mx.array) -> mx.array:
         """The whole array, with zeros everywhere but in the box."""

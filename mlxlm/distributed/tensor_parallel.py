@@ -182,7 +182,7 @@ def share_tensors(model: Transformer, comm: Comm) -> dict[str, Piece]:
         if piece.is_whole:
             continue
         read = None if model._stored is None else model._stored.part(array, piece.start, piece.stop)
-        model.update(tree_unflatten([(name, piece.cut(array) if read is None else read)]))
+        model.update(tree_unflatten([(name, piece.taken(array) if read is None else read)]))
     return pieces
 
 

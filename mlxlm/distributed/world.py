@@ -115,25 +115,28 @@ class World:
         before, self._waiting = self._waiting, (what, time.monotonic() if limited else math.inf)
         try:
             yield
+            if self.last_operation is not None:
+                mx.eval(self.last_operation)
+                self.last_operation = None  # and with it what may be large
         except RuntimeError as error:
             # Some backends notice a broken connection themselves, but can't say whose.
             raise DistributedError(f"rank {self.rank} could not do {what!r}: {self._blame() or error}") from error
         finally:
             self._waiting = before
 
-    def texts(self, text: str, what: str = "texts") -> list[str]:
-        """A text of every rank, on all of them, in their order.  what: for error messages."""
+    def texts(self, text: str, what: str = "texts", *, limited: bool = True) -> list[str]:
+        """A text of every rank, on all of them, in their order.  what: for error messages.  limited: see `waiting`."""
         if self.size == 1:
             return [text]
         comm, data = self.everyone, text.encode()
-        with self.waiting(what):
+        with self.waiting(what, limited=limited):
             longest = max(comm.stack(mx.array(len(data), dtype=mx.int32), what).tolist())
             padded = mx.array(list(data.ljust(longest + 1)), dtype=mx.uint8)
             return [bytes(row).decode().rstrip(" ") for row in comm.stack(padded, what).tolist()]
 
-    def share(self, value: Any, what: str = "a value of the first rank") -> Any:
-        """What the first rank gives, as JSON can hold it, on all of them."""
-        return json.loads(self.texts(json.dumps(value) if self.rank == 0 else "", what)[0])
+    def share(self, value: Any, what: str = "a value of the first rank", *, limited: bool = True) -> Any:
+        """What the first rank gives, as JSON can hold it, on all of them.  limited: see `waiting`."""
+        return json.loads(self.texts(json.dumps(value) if self.rank == 0 else "", what, limited=limited)[0])
 
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[None]:

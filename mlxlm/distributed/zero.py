@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlm.distributed.buckets import gathered, scattered
 from mlxlm.distributed.communicator import Comm
-from mlxlm.distributed.pieces import Piece
+from mlxlm.distributed.pieces import Piece, own_memory
 from mlxlm.layers.block import Block, ParallelBlock
 from mlxlm.models import Transformer
 
@@ -121,7 +121,7 @@ def _read_shard(model: Transformer, comm: Comm, array: mx.array) -> mx.array:
         read = model._stored.part(array, mine.start, mine.stop)
         if read is not None:
             return mx.pad(read, [(0, _each(comm, array.shape[0]) - read.shape[0]), *[(0, 0)] * (read.ndim - 1)])
-    return shard(comm, array)
+    return own_memory(shard(comm, array))
 
 
 def _each(comm: Comm, rows: int) -> int:

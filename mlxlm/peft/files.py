@@ -86,7 +86,7 @@ def load_with_adapter(
 
     adapter: a folder as `load_adapter` takes it, or the weights of several by folder, which act together as `activate`
     says; default none. One of a classifier gives the model its head and labels.  options: dtype, quantized, revision,
-    offline of `mlxlm.models.load`.
+    offline, lazy of `mlxlm.models.load`.
     """
     from mlxlm.models import load
 

@@ -28,6 +28,8 @@ TWO = {
     "tuned": ("finetune_cases", "runs", TUNED),
     "loaded": ("loading_cases", "parts", LOADED),
     "ring": ("ring_cases", "exact", []),
+    "refused": ("memory_cases", "refused", []),
+    "memory": ("memory_cases", "measured", ["dp=2 0", "dp=2 1", "dp=2 3", "tp=2 0"]),
     # The last, as it changes how all communicators count.
     "traffic": ("traffic_cases", "bytes_of_a_step", SENT),
 }

@@ -64,12 +64,12 @@ def command(folder, *words, processes=None, launcher=()):
     return mlxlm_under(folder, *PRETRAIN, *words, processes=processes, launcher=launcher)
 
 
-def mlxlm_under(folder, *words, processes=None, launcher=()):
+def mlxlm_under(folder, *words, processes=None, launcher=(), said=None):
     """A finished command, by itself or under launch."""
     under = [] if processes is None else ["launch", "-n", str(processes), *launcher, "--"]
     return subprocess.run(
         [sys.executable, "-m", "mlxlm", *under, *map(str, words)],
-        cwd=folder, env=environment(), capture_output=True, text=True, timeout=120, check=False,
+        cwd=folder, env=environment(), capture_output=True, text=True, timeout=120, check=False, input=said,
     )  # fmt: skip
 
 
@@ -150,8 +150,34 @@ def test_adapters_of_two_processes_are_those_of_one(tiny_directory, tmp_path, co
     assert done.returncode == 0, done.stderr
     one, two = (mx.load(str(tmp_path / name / "adapter_model.safetensors")) for name in ("one", "two"))
     assert close(one, two)
-    done = mlxlm_under(tmp_path, *words, "--adapter-path", tmp_path / "three", "--mesh", "tp=2", processes=2)
-    assert (done.returncode, "can't be shared along tp, but dp" in done.stderr) == (2, True)
+    ask = ["generate", "--model", tiny_directory, "--prompt", "abc", "-m", 8, "--adapter-path", tmp_path / "one"]
+    done = mlxlm_under(tmp_path, *ask, "--mesh", "tp=2", processes=2)
+    assert (done.returncode, done.stdout) == (0, command_here(*ask)[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["tp=2", "pp=2"])
+def test_two_processes_chat_and_measure_as_one(tiny_directory, tmp_path, command_here, mesh):
+    said = "hi there\n/reset\n/nothing\nabc\n"
+    words = ["chat", "--model", tiny_directory, "-m", 6]
+    alone = mlxlm_under(tmp_path, *words, said=said)
+    done = mlxlm_under(tmp_path, *words, "--mesh", mesh, processes=2, said=said)
+    assert (done.returncode, done.stdout) == (alone.returncode, alone.stdout)
+    assert done.stderr.count("the conversation is forgotten") == 1
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": one, "completion": one[::-1]}) + "\n" for one in ("abc", "hello")))
+    words = ["evaluate", "--model", tiny_directory, "--data", rows]
+    _, alone, _ = command_here(*words)
+    done = mlxlm_under(tmp_path, *words, "--mesh", mesh, "--predictions", tmp_path / "said.jsonl", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["loss"] == pytest.approx(json.loads(alone)["loss"], abs=1e-5)
+    assert len((tmp_path / "said.jsonl").read_text().splitlines()) == 2
+
+
+def test_what_can_not_be_shared_is_told_in_one_line(command_here):
+    status, _, error = command_here("launch", "-n", 2, "--", "serve")
+    assert (status, error.count("\n")) == (2, 1)
+    assert "'serve' is no verb that several processes can share; these are: pretrain, finetune, align" in error
 
 
 def script(text):

@@ -81,10 +81,11 @@ _DEFAULTS = {
 def default_stepping(model: Transformer | None = None) -> Stepping:
     """What the environment variable MLXLM_DECODE says (see `Stepping.parse`), else what was measured here, else usual.
 
-    Measured: by `mlxlm doctor --tune` for models of that size.  usual: what is best on this kind of device.
+    Measured: by `mlxlm doctor --tune` for models of that size, in one process.  usual: what is best on this kind of
+    device.
     """
     choice = os.environ.get("MLXLM_DECODE", "")
-    if not choice and model is not None:
+    if not choice and model is not None and model._alone:
         choice = tuning.record(runtime.backend()).choices.get(tuning_key(model), "")
     return Stepping.parse(choice)
 

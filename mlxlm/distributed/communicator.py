@@ -193,7 +193,7 @@ class Comm:
 
     def _take(self, source: int, label: dict[str, Any]) -> mx.array:
         rank, what = self.ranks[source], label["what"]
-        with self.world.waiting(f"{self.name}: {what}"):
+        with self.world.waiting(f"{self.name}: {what}", together=False):
             message = self._links().receive(rank, self.name, self.world.timeout, what)
         given = {key: message.header.get(key) for key in label}
         if given != label:

@@ -107,17 +107,18 @@ class World:
         return self.comm([tuple(range(self.size))], "world")
 
     @contextlib.contextmanager
-    def waiting(self, what: str, *, limited: bool = True) -> Iterator[None]:
+    def waiting(self, what: str, *, limited: bool = True, together: bool = True) -> Iterator[None]:
         """A stretch of work that waits for other ranks; longer than the time limit, it ends the run.
 
-        limited: whether that limit holds; else the others may take any time, as long as they live.
+        limited: whether that limit holds; else the others may take any time, as long as they live.  together: whether
+        all ranks are at it; then no result that is pending, and may be large, is kept beyond it.
         """
         before, self._waiting = self._waiting, (what, time.monotonic() if limited else math.inf)
         try:
             yield
-            if self.last_operation is not None:
+            if together and self.last_operation is not None:
                 mx.eval(self.last_operation)
-                self.last_operation = None  # and with it what may be large
+                self.last_operation = None
         except RuntimeError as error:
             # Some backends notice a broken connection themselves, but can't say whose.
             raise DistributedError(f"rank {self.rank} could not do {what!r}: {self._blame() or error}") from error

@@ -41,7 +41,7 @@ def main(words: list[str] | None = None) -> None:
     fifth, tenth = len(rows) // 5, len(rows) // 10
     test, valid, train = rows[:fifth], rows[fifth : fifth + tenth], rows[fifth + tenth :]
     taught = small_model.write(options.output / "taught", train=train, valid=valid)
-    small_model.taught_to(options.output, taught, options.loss, step=20, most=1200, seed=options.seed)
+    small_model.taught_to(options.output, taught, options.loss, seed=options.seed)
     data = small_model.write(
         options.output / "prompts",
         **{

@@ -49,16 +49,17 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=64, help="of an iteration, default 64")
     parser.add_argument("--kl-target", type=float, default=4.0, help="nats an answer, default 4")
     options = parser.parse_args(words)
-    taught = small_model.write(options.output / "taught", train=rows(800, 0))
-    small_model.taught(options.output, taught, epochs=options.epochs)
-    # The held-out prompts are of pairs of words that no training prompt has.
-    asked = sorted({row["prompt"] for row in rows(2000, 1)})
-    held_out = [prompt for prompt in asked if hash_of(prompt) == 0]
-    data = small_model.write(
-        options.output / "prompts",
-        train=[{"prompt": prompt} for prompt in asked if hash_of(prompt)],
-        valid=[{"prompt": prompt} for prompt in held_out],
+    taught = small_model.write(
+        options.output / "taught", train=[row for row in rows(1300, 0) if hash_of(row["prompt"]) > 1]
     )
+    small_model.taught(options.output, taught, epochs=options.epochs)
+    # The prompts that are measured are of pairs of words that no training prompt has; the best weights are told by
+    # others again.
+    asked: dict[str, list[dict[str, str]]] = {"test": [], "valid": [], "train": []}
+    for prompt in sorted({row["prompt"] for row in rows(2000, 1)}):
+        split = {0: "test", 1: "valid"}.get(hash_of(prompt), "train")
+        asked[split].append({"prompt": prompt})
+    data = small_model.write(options.output / "prompts", **asked)
     report.align(
         options.output,
         {
@@ -66,8 +67,8 @@ def main(words: list[str] | None = None) -> None:
             "reward": "length:reward", "fine_tune_type": "full", "iters": options.iters, "learning_rate": 1e-3,
             "schedule": "constant", "prompts_per_iteration": options.prompts, "batch_size": options.prompts,
             "answers_per_prompt": 4, "passes": 2,
-            "max_tokens": 32, "beta": 0.05, "kl_target": options.kl_target, "answers": len(held_out),
-            "steps_per_eval": max(options.iters // 6, 1),
+            "max_tokens": 32, "beta": 0.05, "kl_target": options.kl_target, "answers": 100,
+            "steps_per_eval": max(options.iters // 10, 1),
         },
         title="length: reward for as many words as were asked for",
     )  # fmt: skip

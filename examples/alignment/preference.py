@@ -4,7 +4,8 @@
 
 A small decoder is taught to give opinions, good and bad ones alike. Then DPO (Rafailov et al. 2023, arXiv:2305.18290)
 learns from pairs that the good one is preferred. No single word tells them apart: "not bad" is good. The pairs that are
-measured are held out, and a verifier reads what the model itself says.
+measured are held out, those by which the best weights are told are others again, and a verifier reads what the model
+itself says.
 """
 
 from __future__ import annotations
@@ -61,24 +62,25 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/preference"), help="default runs/preference")
     parser.add_argument("--method", default="dpo", choices=["dpo", "ipo", "simpo", "orpo"])
-    parser.add_argument("--rows", type=int, default=800, help="pairs, default 800; a quarter of them is held out")
+    parser.add_argument("--rows", type=int, default=900, help="pairs, default 900; a third is held out")
     parser.add_argument("--epochs", type=int, default=30, help="of teaching, default 30")
     parser.add_argument("--iters", type=int, default=120, help="updates, default 120")
     options = parser.parse_args(words)
     rows = pairs(options.rows, 0)
-    held_out, train = rows[: len(rows) // 4], rows[len(rows) // 4 :]
+    ninth = len(rows) // 9
+    test, valid, train = rows[: 2 * ninth], rows[2 * ninth : 3 * ninth], rows[3 * ninth :]
     rng = random.Random(1)
     spoken = [{"prompt": row["prompt"], "completion": opinion(rng, rng.random() < 0.5)} for row in train]
     small_model.taught(
         options.output, small_model.write(options.output / "taught", train=spoken), epochs=options.epochs
     )
-    data = small_model.write(options.output / "pairs", train=train, valid=held_out)
+    data = small_model.write(options.output / "pairs", train=train, valid=valid, test=test)
     report.align(
         options.output,
         {
             "method": options.method, "model": str(options.output / "base"), "data": str(data),
             "reward": "preference:kindness", "fine_tune_type": "full", "iters": options.iters, "batch_size": 16,
-            "learning_rate": 3e-4, "beta": 0.3, "max_tokens": 28, "answers": min(64, len(held_out)),
+            "learning_rate": 3e-4, "beta": 0.3, "max_tokens": 28, "answers": min(64, len(valid)),
             "steps_per_eval": max(options.iters // 6, 1),
         },
         title="preference: share of held-out pairs whose kind opinion is preferred",

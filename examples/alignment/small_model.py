@@ -12,10 +12,12 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 import mlxlm
+from mlxlm.data import Encoding, SupervisedSource, encode_rows, read_splits
 from mlxlm.models import Transformer, family_of, save
-from mlxlm.training import Console
-from mlxlm.training.finetune import FinetuneSettings, Outcome, finetune
+from mlxlm.training import Console, TrainSettings, WordLoss, evaluate
+from mlxlm.training.finetune import FinetuneSettings, finetune
 from mlxlm.training.initialisation import initialise
+from mlxlm.training.step import Step
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789+-*=.,:?! "
 
@@ -43,43 +45,50 @@ def make_model(folder: Path, *, width: int = 64, layers: int = 2, length: int = 
     mlxlm.load(folder)
 
 
-def taught(folder: Path, data: Path, **settings: Any) -> None:
-    """Teach a model of `make_model` by rows of prompts and completions, several of which stand in a row of 64 tokens;
-    folder/base is what comes out.
-
-    settings: of fine-tuning, such as epochs.
-    """
-    if _is_there(folder):
+def taught(folder: Path, data: Path, *, epochs: int, learning_rate: float = 3e-3, batch_size: int = 64) -> None:
+    """Teach a model of `make_model` by rows of prompts and completions; folder/base is what comes out."""
+    if (folder / "base" / "config.json").is_file():
         return
-    make_model(folder / "drawn", seed=settings.get("seed", 0))
-    _finetuned(folder, data, settings)
-
-
-def taught_to(folder: Path, data: Path, loss: float, *, step: int, most: int, **settings: Any) -> None:
-    """As `taught`, until the loss on the validation rows is below `loss`: looked at every `step` updates, `most` of
-    them at most.
-    """
-    if _is_there(folder):
-        return
-    make_model(folder / "drawn", seed=settings.get("seed", 0))
-    for iters in range(step, most + 1, step):
-        found = _finetuned(folder, data, {**settings, "iters": iters}, resume=iters > step).valid["loss"]
-        print(f"taught {iters} steps: validation loss {found:.3f}, wanted {loss:g}", file=sys.stderr)
-        if found < loss:
-            return
-
-
-def _is_there(folder: Path) -> bool:
-    return (folder / "base" / "config.json").is_file()
-
-
-def _finetuned(folder: Path, data: Path, settings: dict[str, Any], resume: bool = False) -> Outcome:
-    chosen = FinetuneSettings.from_json({
+    make_model(folder / "drawn")
+    settings = FinetuneSettings.from_json({
         "model": str(folder / "drawn"), "data": str(data), "adapter_path": str(folder / "base"), "method": "full",
-        "learning_rate": 3e-3, "batch_size": 8, "packing": True, "max_seq_length": 64, "samples": 0, "exact_match": 0,
-        "schedule": "constant", "steps_per_report": 50, "steps_per_eval": 0, "valid_fraction": 0.0, **settings,
+        "epochs": epochs, "learning_rate": learning_rate, "batch_size": batch_size, "samples": 0, "exact_match": 0,
+        "schedule": "constant", "steps_per_report": 50, "steps_per_eval": 0, "valid_fraction": 0.0,
     })  # fmt: skip
-    return finetune(chosen, [Console()], resume=resume, say=lambda text: None)
+    finetune(settings, [Console()], say=lambda text: None)
+
+
+def taught_to(
+    folder: Path, data: Path, loss: float, *, seed: int = 0, most: int = 6000, learning_rate: float = 3e-3
+) -> None:
+    """As `taught`, but until the loss a token of the validation rows is below `loss`, looked at every 20 updates; after
+    `most` of them in any case. Several examples stand in a row of 64 tokens, and 8 rows in a batch.
+    """
+    if (folder / "base" / "config.json").is_file():
+        return
+    make_model(folder / "drawn", seed=seed)
+    model, tokenizer = mlxlm.load(folder / "drawn")
+    examples = {
+        split: encode_rows(rows, tokenizer, Encoding(max_length=64))[0]
+        for split, rows in read_splits(str(data)).items()
+    }
+    source = SupervisedSource(examples["train"], 8, max_length=64, packing=True, seed=seed)
+    settings = TrainSettings(steps=most, learning_rate=learning_rate, warmup_steps=50, schedule="constant")
+    step = Step(model, WordLoss(), settings)
+    for number in range(most):
+        outcome = step([source.next()], settings.rate(number))
+        step.evaluate_state()
+        if (number + 1) % 20:
+            continue
+        valid = SupervisedSource(examples["valid"], 8, max_length=64, packing=True, epochs=1, shuffle=False)
+        found = evaluate(step, valid).loss
+        if (number + 1) % 100 == 0 or found < loss:
+            learned = (outcome.loss / outcome.count).item()
+            print(f"taught {number + 1} steps: loss {learned:.3f}, of validation rows {found:.3f}", file=sys.stderr)
+        if found < loss:
+            break
+    step.close()
+    save(model, tokenizer, folder / "base")
 
 
 def write(folder: Path, **splits: list[dict[str, Any]]) -> Path:

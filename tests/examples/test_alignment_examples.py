@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from mlxlm.alignment.rewards import reward_of
 
 FOLDER = Path(__file__).parents[2] / "examples" / "alignment"
 QUICK = {
-    "arithmetic": ["--epochs", "1", "--iters", "2", "--most", "6", "--prompts", "2"],
+    "arithmetic": ["--loss", "9", "--iters", "2", "--most", "6", "--prompts", "2"],
     "preference": ["--epochs", "1", "--iters", "2", "--rows", "40"],
     "length": ["--epochs", "1", "--iters", "2", "--prompts", "2"],
 }
@@ -40,6 +41,29 @@ def test_every_example_runs_two_steps_and_draws(script, name, tmp_path, capsys):
     assert (tmp_path / "base" / "config.json").is_file()
     if importlib.util.find_spec("matplotlib"):
         assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_no_prompt_that_is_measured_is_learned_from(script, name, tmp_path, monkeypatch):
+    """Neither in the teaching nor in what follows; and the best weights are told by others again."""
+    module, small_model = script(name), script("small_model")
+    for way in ("taught", "taught_to"):
+        monkeypatch.setattr(small_model, way, lambda *given, **options: None)
+    monkeypatch.setattr(script("report"), "align", lambda *given, **options: None)
+    module.main(["--output", str(tmp_path)])
+    what = ("prompt", "chosen", "rejected") if name == "preference" else ("prompt",)
+
+    def asked(folder, split):
+        rows = (tmp_path / folder / f"{split}.jsonl").read_text().splitlines()
+        return {tuple(json.loads(row).get(key) for key in what) for row in rows}
+
+    folder = "pairs" if name == "preference" else "prompts"
+    test, valid, train = (asked(folder, split) for split in ("test", "valid", "train"))
+    assert min(len(test), len(valid)) >= 60
+    assert not test & valid
+    assert not (test | valid) & train
+    if name != "preference":  # there the prompts are a few things, of which opinions differ
+        assert not test & asked("taught", "train")
 
 
 def test_held_out_prompts_are_never_learned_from(script):

@@ -58,6 +58,9 @@ class FusedLayers:
         if any(layer.dtype != dtype for layer in self.layers):
             raise Unserved(f"embeddings are {dtype}, not all layers are")
         self.head = _head(model, dtype)
+        # What was made of the weights here: a thread can't compute what another one has left uncomputed.
+        norms = [norm for layer in self.layers for norm in (*layer.norms, *(layer.head_norms or ()))]
+        mx.eval([norm.scale for norm in norms], [] if self.head is None else self.head[0].scale)
 
     def __call__(self, tokens: mx.array, place: mx.array, cache: Cache) -> mx.array:
         """Logits (1, V) after tokens (1,) at place () int32; the cache holds the new keys and values then."""

@@ -15,6 +15,7 @@ import pytest
 from emulation import attention_cases as cases
 from emulation import needs_compiler
 
+from mlxlm.kernels import one_token
 from mlxlm.kernels.attention import AttentionMask, attention, device, launches, metal, plan
 from mlxlm.kernels.attention.metal import operands, source
 from mlxlm.kernels.attention.problem import AttentionProblem, describe

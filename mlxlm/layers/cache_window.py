@@ -204,7 +204,9 @@ class WindowCache(KeyValueCache):
 class CacheSpec:
     """Which cache a decoder has. The default keeps exactly what its layers can see, as it is.
 
-    bits: 8 or 4 quantizes keys and values, default no.  group_size: of quantized values, 32, 64 or 128.
+    bits: 8 or 4 quantizes keys and values, default no. Answers then change a little: on a text, SmolLM2-135M found
+    another likeliest token at 0.4% of the places with 8 bits, at 20% with 4 (perplexity 44.88, 44.90, 52.87).
+    group_size: of quantized values, 32, 64 or 128.
     max_length: tokens that a layer sees at most: the first `keep` and the last ones; this changes the answers to longer
     texts. Default no limit.  keep: default 4; none in layers whose scores depend on distances, which a token that stays
     would change from step to step.

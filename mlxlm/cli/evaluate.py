@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from mlxlm.data import Rows
     from mlxlm.distributed import Joined
 
+_ANSWER_OF_TASKS = 256  # tokens, unless told otherwise
+
 
 def evaluate(
     model: opt.ModelOrShipped = None,
@@ -85,11 +87,12 @@ def evaluate(
     model = model or opt.shipped_model()
     loading: dict[str, Any] = {"dtype": dtype, "revision": revision, "adapters": adapter_path}
     if tasks is not None:
-        foreign = {"--split": split, "--stride": stride, "--predictions": predictions}
+        foreign = {"--columns": columns or None, "--split": split, "--stride": stride, "--predictions": predictions}
         for flag in (flag for flag, value in foreign.items() if value is not None):
             raise UsageError(f"{flag} is for --data, not for --tasks")
         of_tasks = {"num_fewshot": num_fewshot, "limit": limit, "include_path": include_path}
-        sizes = {"batch_size": batch_size, "max_length": window, "max_tokens": max_tokens or 256}
+        most = _ANSWER_OF_TASKS if max_tokens is None else max_tokens
+        sizes = {"batch_size": batch_size, "max_length": window, "max_tokens": most}
         with opt.joined(mesh, axes=("tp", "pp")) as group:
             _evaluate_tasks(tasks, model, loading, sizes, {**of_tasks, "chat": apply_chat_template}, group)
         return
@@ -149,6 +152,8 @@ def _rows(data: str, split: str | None, limit: int | None, columns: dict[str, st
 
     path = Path(data).expanduser()
     if path.suffix.lower() in TEXT_FILES and path.is_file():
+        if columns:
+            raise UsageError("--columns is for rows; --data is a text")
         texts = list(read_documents(Source(location=data), [path]))
         if not texts:
             raise DataError(f"{data} is empty; there is no text to evaluate on")

@@ -63,7 +63,7 @@ def _of_hub(data: str) -> bool:
 
 
 def _parted(data: str) -> tuple[str, str]:
-    """The place, and the splits behind its last colon, "" without."""
+    """The place, and the splits behind a colon, "" without."""
     if Path(data).expanduser().exists():
         return data, ""
     start = next((len(prefix) for prefix in (HUB, *_PREFIXES) if data.startswith(prefix)), 0)

@@ -39,8 +39,8 @@ class EvaluationSettings:
     batch_size: rows at once, default 8; results don't depend on it but by rounding.  truncate: cut rows that are too
     long, prompts on the left and labelled texts on the right; default False: an error.  window, stride: of texts, see
     `perplexity`.  max_tokens: of a generated answer, default 16 more than the longest right one has, since a longer one
-    can't match.  generate: answers too, not only their perplexity,
-    default True.  normalize: the likelihood of choices by length, "none", "tokens" or "bytes", default "bytes".
+    can't match.  generate: answers too, not only their perplexity, default True.  normalize: the likelihood of choices
+    by length, "none", "tokens" or "bytes", default "bytes".
     """
 
     batch_size: int = 8

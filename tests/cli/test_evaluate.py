@@ -69,6 +69,8 @@ def test_what_takes_long_is_told_with_its_limit(mlxlm_command, tiny_directory, t
     assert status == 0, err
     assert "windows of 8 tokens, of texts 1 to 1 of 1" in err
     assert "2 of " in err
+    status, _, err = mlxlm_command("evaluate", "--data", tmp_path / "a.txt", "--columns", "text=body")
+    assert (status, "--columns is for rows" in err) == (2, True)
 
 
 def test_an_adapter_is_measured(mlxlm_command, tiny_directory, tmp_path):

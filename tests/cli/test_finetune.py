@@ -373,6 +373,19 @@ def test_a_short_run_is_evaluated_every_ten_steps(tiny_directory, tmp_path):
         assert prepare(made, say=lambda text: None).train_settings.evaluate_every == every
 
 
+def test_short_rows_are_hardly_padded_where_no_step_is_compiled(tiny_directory, tmp_path):
+    from mlxlm import runtime
+    from mlxlm.training.finetune import prepare
+
+    data = write(tmp_path / "data", train=labelled(9), valid=labelled(3, 1))
+    made = FinetuneSettings(model=str(tiny_directory), data=str(data), batch_size=4, adapter_path=str(tmp_path / "x"))
+    examples = prepare(made, say=lambda text: None).examples
+    for source in (examples.source(made), examples.measuring("valid", made)()):
+        batch = source.next()
+        room = batch["tokens"].shape[1] - batch["key_lengths"].max()
+        assert 0 <= room < (8 if runtime.backend() == "cpu" else 32)
+
+
 def test_an_existing_result_is_not_overwritten(mlxlm_command, tiny_directory, tmp_path):
     data = write(tmp_path / "data", train=completions(6))
     status, _, err = mlxlm_command(*arguments(tiny_directory, data, tiny_directory, "--method", "full"))

@@ -53,7 +53,7 @@ def draw(data: Path, folder: Path, *, width: int = 96, layers: int = 2, seed: in
     write_tokenizer(words, folder)
     values = {
         "model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "vocab_size": len(SPECIAL) + len(words),
-        "d_model": width, "d_kv": width // 4, "num_heads": 4, "d_ff": 4 * width, "num_layers": layers,
+        "d_model": width, "d_kv": width // 8, "num_heads": 8, "d_ff": 4 * width, "num_layers": layers,
         "num_decoder_layers": layers, "feed_forward_proj": "relu", "dropout_rate": 0.0, "tie_word_embeddings": True,
         "eos_token_id": 1, "pad_token_id": 0, "decoder_start_token_id": 0,
     }  # fmt: skip

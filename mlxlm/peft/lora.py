@@ -57,8 +57,12 @@ def add_low_rank(x: mx.array, y: mx.array, lora_a: mx.array, lora_b: mx.array, f
     def run_vjp(arrays: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]) -> Any:
         x, _, lora_a, lora_b = arrays
         cotangent = cotangents[0]  # `low` is an output only to be kept
-        low = _low(cotangent, lora_b.T, factor)
-        return low @ lora_a, cotangent, low.T @ x, cotangent.T @ outputs[1]
+        low = mx.addmm(_nothing(lora_b.shape[1], x.dtype), cotangent, lora_b, alpha=factor)
+        of_weights = [low.T @ x, cotangent.T @ outputs[1]]
+        # Nothing in the backward pass waits for the gradients of weights. Put off to its end, they would keep what they
+        # are made of until then: of every layer three arrays of the feed-forward's width. So all else waits for them.
+        low, of_y = mx.depends([low, cotangent], of_weights)
+        return low @ lora_a, of_y, *of_weights
 
     return run(x.flatten(0, -2), y.flatten(0, -2), lora_a, lora_b)[0].reshape(y.shape)
 

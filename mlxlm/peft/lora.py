@@ -36,35 +36,54 @@ def _nothing(rank: int, dtype: mx.Dtype) -> mx.array:
     return zeros
 
 
-def _low(x: mx.array, lora_a: mx.array, factor: float) -> mx.array:
-    """factor * x A^T, (..., rank)."""
-    return mx.addmm(_nothing(lora_a.shape[0], x.dtype), x, lora_a.T, alpha=factor)
-
-
-def add_low_rank(x: mx.array, y: mx.array, lora_a: mx.array, lora_b: mx.array, factor: float) -> mx.array:
+def add_low_rank(
+    x: mx.array, y: mx.array | None, lora_a: mx.array, lora_b: mx.array, factor: float, base: nn.Linear | None = None
+) -> mx.array:
     """y + factor * x A^T B^T, (..., out) of x (..., in), y (..., out), A (rank, in) and B (out, rank) in one dtype.
 
+    base: instead of y, a linear layer that makes it of x and whose own weights learn nothing.
+
     The factor goes into the products, in both directions: a training step has hundreds of adapters, and is as fast as
-    the operations of one are few: two, and four for its gradients.
+    the operations of one are few: two, and four for its gradients. Nothing in a backward pass waits for the gradients
+    of weights; put off to its end, they would keep what they are made of until then, of every layer three arrays of the
+    feed-forward's width. So here all else waits for them.
     """
+    nothing = _nothing(lora_a.shape[0], x.dtype)
+
+    def low(x: mx.array, matrix: mx.array) -> mx.array:
+        return mx.addmm(nothing, x, matrix, alpha=factor)
+
+    def gradients(
+        x: mx.array, lora_a: mx.array, lora_b: mx.array, cotangent: mx.array
+    ) -> tuple[mx.array, mx.array, list[mx.array]]:
+        """Of A x and of y, and of A and B."""
+        # Not kept, but made again, which `mx.compile` sees where it was not forgotten in between.
+        inner, of_inner = low(x, lora_a.T), low(cotangent, lora_b)
+        of_weights = [of_inner.T @ x, cotangent.T @ inner]
+        return *mx.depends([of_inner, cotangent], of_weights), of_weights
 
     @mx.custom_function
-    def run(x: mx.array, y: mx.array, lora_a: mx.array, lora_b: mx.array) -> list[mx.array]:
-        low = _low(x, lora_a, factor)
-        return [mx.addmm(y, low, lora_b.T), low]
+    def added(x: mx.array, y: mx.array, lora_a: mx.array, lora_b: mx.array) -> mx.array:
+        return mx.addmm(y, low(x, lora_a.T), lora_b.T)
 
-    @run.vjp
-    def run_vjp(arrays: Sequence[mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]) -> Any:
+    @added.vjp
+    def added_vjp(arrays: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> Any:
         x, _, lora_a, lora_b = arrays
-        cotangent = cotangents[0]  # `low` is an output only to be kept
-        low = mx.addmm(_nothing(lora_b.shape[1], x.dtype), cotangent, lora_b, alpha=factor)
-        of_weights = [low.T @ x, cotangent.T @ outputs[1]]
-        # Nothing in the backward pass waits for the gradients of weights. Put off to its end, they would keep what they
-        # are made of until then: of every layer three arrays of the feed-forward's width. So all else waits for them.
-        low, of_y = mx.depends([low, cotangent], of_weights)
-        return low @ lora_a, of_y, *of_weights
+        of_inner, of_y, of_weights = gradients(x, lora_a, lora_b, cotangent)
+        return of_inner @ lora_a, of_y, *of_weights
 
-    return run(x.flatten(0, -2), y.flatten(0, -2), lora_a, lora_b)[0].reshape(y.shape)
+    @mx.custom_function
+    def linear(x: mx.array, lora_a: mx.array, lora_b: mx.array) -> mx.array:
+        return mx.addmm(base(x), low(x, lora_a.T), lora_b.T)
+
+    @linear.vjp
+    def linear_vjp(arrays: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> Any:
+        of_inner, of_y, of_weights = gradients(*arrays, cotangent)
+        return mx.addmm(of_y @ base.weight, of_inner, arrays[1]), *of_weights
+
+    rows = x.flatten(0, -2)
+    found = linear(rows, lora_a, lora_b) if y is None else added(rows, y.flatten(0, -2), lora_a, lora_b)
+    return found.reshape(*x.shape[:-1], -1)
 
 
 class LoraPart(Part):
@@ -83,6 +102,15 @@ class LoraPart(Part):
         self.dropout = nn.Dropout(dropout)
         if magnitude is not None:
             self.magnitude = magnitude
+
+    def whole(self, x: mx.array, base: nn.Module, weight: float) -> mx.array | None:
+        """See `Part.whole`."""
+        frozen = type(base) is nn.Linear and not base.trainable_parameters() and base.weight.dtype == x.dtype
+        if "magnitude" in self or not self.training or self.dropout._p_1 < 1 or not frozen:
+            return None
+        return add_low_rank(
+            x, None, self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype), self.scale * weight, base
+        )
 
     def add(self, x: mx.array, y: mx.array, base: nn.Module | None, weight: float) -> mx.array:
         """See `Part.add`."""

@@ -167,7 +167,7 @@ class World:
         for comm in self._comms.values():
             comm.native = None  # MPI wants its groups gone before the process ends
         self._comms.clear()
-        self.last_operation = None
+        self.last_operation = self.group = None
         if self.links is not None:
             self.links.close()
 

@@ -186,12 +186,14 @@ class Comm:
         return _added(mine, parts.dtype)
 
     def _put(self, x: mx.array, to: int, label: dict[str, Any]) -> None:
+        self.world.settle()
         mx.eval(x)
         header = {**label, "kept": [_name(x.dtype), *x.shape]}
         data = memoryview(mx.contiguous(x.reshape(-1)).view(mx.uint8)) if x.size else b""
         self._links().send(self.ranks[to], self.name, header, data)
 
     def _take(self, source: int, label: dict[str, Any]) -> mx.array:
+        self.world.settle()
         rank, what = self.ranks[source], label["what"]
         with self.world.waiting(f"{self.name}: {what}", together=False):
             message = self._links().receive(rank, self.name, self.world.timeout, what)

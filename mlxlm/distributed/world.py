@@ -116,14 +116,22 @@ class World:
         before, self._waiting = self._waiting, (what, time.monotonic() if limited else math.inf)
         try:
             yield
-            if together and self.last_operation is not None:
-                mx.eval(self.last_operation)
-                self.last_operation = None
+            if together:
+                self.settle()
         except RuntimeError as error:
             # Some backends notice a broken connection themselves, but can't say whose.
             raise DistributedError(f"rank {self.rank} could not do {what!r}: {self._blame() or error}") from error
         finally:
             self._waiting = before
+
+    def settle(self) -> None:
+        """Compute what the backend was asked for and is pending.
+
+        Whoever waits for a message must have done so: its sender may be computing something that takes part of this.
+        """
+        if self.last_operation is not None:
+            mx.eval(self.last_operation)
+            self.last_operation = None
 
     def texts(self, text: str, what: str = "texts", *, limited: bool = True) -> list[str]:
         """A text of every rank, on all of them, in their order.  what: for error messages.  limited: see `waiting`."""

@@ -242,7 +242,7 @@ def test_killing_each_rank_in_turn_20_times_loses_nothing(recipe):
         if len(ranks) < 2:
             time.sleep(0.05)
             continue
-        time.sleep(rng.uniform(0.5, 2.5))
+        time.sleep(rng.uniform(0.3, 1.5))
         seen.update(ranks)
         os.kill(sorted(ranks)[kills % 2], signal.SIGKILL)
         kills += 1

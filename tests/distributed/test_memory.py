@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jobs
 import pytest
-from processes import run_ranks
 
 CASES = jobs.TWO["memory"][2]
 
@@ -24,11 +23,10 @@ def test_each_of_two_ranks_holds_half_of_what_they_share(two_ranks):
 
 
 @pytest.mark.slow
-def test_each_of_four_ranks_holds_a_quarter():
-    alone = run_ranks(1, "memory_cases", "measured", "dp=1 0")[0]
-    cases = ["dp=4 3", "tp=4 0", "dp=2,tp=2 3", "pp=2,tp=2 0"]
-    for got in run_ranks(4, "memory_cases", "measured", *cases, limit=200):
-        for case in cases:
+def test_each_of_four_ranks_holds_a_quarter(slow_ranks):
+    (alone,) = slow_ranks(1)["memory"]
+    for got in slow_ranks(4)["memory"]:
+        for case in jobs.MEASURED_FOUR:
             assert got[f"{case}/rest"] == pytest.approx(alone["dp=1 0/rest"] / 4, rel=0.1)
             if case != "dp=2,tp=2 3":  # groups of a ring talk at once, and what they talk of in a graph stays alive
                 assert got[f"{case}/peak"] < 0.5 * alone["dp=1 0/peak"]

@@ -7,7 +7,6 @@ import itertools
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from processes import run_ranks
 from small_models import small_model
 
 from mlxlm.distributed.pipeline import order
@@ -75,5 +74,5 @@ def test_generation_through_two_stages_gives_the_same_tokens(two_ranks):
 
 
 @pytest.mark.slow
-def test_generation_through_stages_of_shared_matrices_gives_the_same_tokens():
-    check(run_ranks(4, "tensor_cases", "generating", "pp=2,tp=2", "llama", "t5"), ["llama", "t5"])
+def test_generation_through_stages_of_shared_matrices_gives_the_same_tokens(slow_ranks):
+    check(slow_ranks(4)["stages"], ["llama", "t5"])

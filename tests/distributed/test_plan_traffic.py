@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jobs
 import pytest
-from processes import run_ranks
 from small_models import small_model
 
 from mlxlm.distributed import parse_mesh
@@ -12,14 +11,6 @@ from mlxlm.training.plan import PlanSettings
 from mlxlm.training.plan_mesh import Layout
 from mlxlm.training.plan_traffic import predict_mesh
 
-TWO_MORE = [
-    "llama dp=2 0 2", "llama sp=2 0 1", "llama dp=2 1 2", "llama dp=2 2 2", "llama dp=2 2 1", "qwen3 dp=2 3 2",
-    "llama tp=2 0 2", "qwen3 tp=2 0 1", "t5 tp=2 0 1", "bert tp=2 0 1", "t5 pp=2 0 2", "t5 dp=2 3 1", "gpt2 sp=2 3 2",
-]  # fmt: skip
-FOUR = [
-    "llama tp=4 0 1", "qwen3 dp=2,tp=2 2 2", "llama-tied pp=2,tp=2 0 2", "llama pp=2,sp=2 0 2",
-    "llama pp=2,dp=2 2 2",
-]  # fmt: skip
 OPERATIONS = {"sum": "sum", "gather": "stack", "scatter": "reduce_scatter", "send": "send"}
 
 
@@ -28,7 +19,7 @@ def predicted(case, stage):
     name, mesh, zero, batches = case.split(" ")
     targets = 0.25 if name == "bert" else 1.0  # 12 of the 48 words of the first batch
     settings = PlanSettings(batch_size=4, length=12, target_length=7, accumulation=int(batches), targets=targets)
-    layout = Layout(mesh=parse_mesh(mesh, 4 if case in FOUR else 2), zero=int(zero))
+    layout = Layout(mesh=parse_mesh(mesh, 4 if case in jobs.SENT_FOUR else 2), zero=int(zero))
     found = {}
     for one in predict_mesh(small_model(name), settings, layout)[stage].traffic:
         key = f"{one.group}/{OPERATIONS[one.operation]}"
@@ -50,23 +41,13 @@ def test_two_ranks_say_as_much_as_predicted(two_ranks, case):
     check(two_ranks["traffic"], case)
 
 
-@pytest.fixture(scope="module")
-def two_more():
-    return run_ranks(2, "traffic_cases", "bytes_of_a_step", *TWO_MORE, limit=120)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", jobs.SENT_MORE)
+def test_other_models_and_stages_of_zero(slow_ranks, case):
+    check(slow_ranks(2)["traffic"], case)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", TWO_MORE)
-def test_other_models_and_stages_of_zero(two_more, case):
-    check(two_more, case)
-
-
-@pytest.fixture(scope="module")
-def four():
-    return run_ranks(4, "traffic_cases", "bytes_of_a_step", *FOUR, limit=240)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", FOUR)
-def test_four_ranks(four, case):
-    check(four, case)
+@pytest.mark.parametrize("case", jobs.SENT_FOUR)
+def test_four_ranks(slow_ranks, case):
+    check(slow_ranks(4)["traffic"], case)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from processes import run_ranks
 from ring_cases import masks
 from training_cases import Batches
 from training_runs import tiny_model
@@ -25,13 +24,13 @@ def test_parts_of_rows_attend_to_whole_rows_exactly(two_ranks):
 
 
 @pytest.mark.slow
-def test_three_parts_do_too():
-    check(run_ranks(3, "ring_cases", "exact"))
+def test_three_parts_do_too(slow_ranks):
+    check(slow_ranks(3)["ring"])
 
 
 @pytest.mark.slow
-def test_the_peak_of_a_rank_falls_with_their_number():
-    peaks = [max(int(got["peak"]) for got in run_ranks(count, "ring_cases", "peak", 2048)) for count in (1, 2, 4)]
+def test_the_peak_of_a_rank_falls_with_their_number(slow_ranks):
+    peaks = [max(int(got["peak"]) for got in slow_ranks(count)["peak"]) for count in (1, 2, 4)]
     assert peaks[1] < 0.7 * peaks[0]
     assert peaks[2] < 0.7 * peaks[1]
 

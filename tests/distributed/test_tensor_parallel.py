@@ -5,7 +5,6 @@ from __future__ import annotations
 import jobs
 import numpy as np
 import pytest
-from processes import run_ranks
 from small_models import small_model
 
 from mlxlm.distributed.tensor_plan import TensorPlan
@@ -39,8 +38,8 @@ def test_each_rank_holds_its_share_of_the_weights(two):
 
 
 @pytest.mark.slow
-def test_four_ranks_copy_key_value_heads_where_there_are_fewer():
-    results = run_ranks(4, "tensor_cases", "shared", "llama", "t5", "falcon")
+def test_four_ranks_copy_key_value_heads_where_there_are_fewer(slow_ranks):
+    results = slow_ranks(4)["shared"]
     for name in ("llama", "t5", "falcon"):
         check(results, name)
 

@@ -10,18 +10,6 @@ from training_runs import tiny_model
 
 from mlxlm.data import RowShare
 
-TWO_MORE = [
-    "llama dp=2 1", "llama dp=2 2", "llama-tied pp=2 0 gpipe", "bert dp=2 0", "bert dp=2 1", "bert dp=2 2",
-    "bert dp=2 3", "bert pp=2 0", "bert pp=2 0 gpipe", "bert sp=2 0", "t5 dp=2 0", "t5 dp=2 1", "t5 dp=2 3",
-    "t5 tp=2 0", "t5 pp=2 0", "t5 pp=2 0 gpipe", "t5 sp=2 0", "bloom sp=2 0", "gpt2 sp=2 3",
-]  # fmt: skip
-FOUR = [
-    "llama dp=2,tp=2 2", "qwen3 dp=2,tp=2 3", "llama-tied pp=2,dp=2 2", "llama pp=2,tp=2 0 gpipe", "bert dp=2,tp=2 1",
-    "bert pp=2,dp=2 0", "t5 pp=2,tp=2 0", "t5 pp=2,dp=2 3", "llama sp=2,tp=2 0", "llama-tied sp=2,pp=2 0",
-    "bert sp=4 0",
-]  # fmt: skip
-EIGHT = ["llama dp=2,tp=2,pp=2 1"]
-
 
 def check(results, case):
     for got in results:
@@ -61,10 +49,10 @@ def test_shards_take_their_part_of_weights_and_optimizer_state(two):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "cases"), [(2, TWO_MORE), (4, FOUR), (8, EIGHT)])
-def test_other_meshes_train_as_one_process_does(count, cases):
-    results = jobs.run(count, {"trained": ("training_cases", "under_meshes", cases)}, limit=60 * count)["trained"]
-    for case in cases:
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_other_meshes_train_as_one_process_does(slow_ranks, count):
+    results = slow_ranks(count)["trained"]
+    for case in jobs.SLOW[count]["trained"][2]:
         check(results, case)
     if count == 2:
         check_shards(results, "bert", [1, 2, 3])

@@ -130,7 +130,8 @@ class World:
         Whoever waits for a message must have done so: its sender may be computing something that takes part of this.
         """
         if self.last_operation is not None:
-            mx.eval(self.last_operation)
+            with self.waiting(self.last_asked, together=False):
+                mx.eval(self.last_operation)
             self.last_operation = None
 
     def texts(self, text: str, what: str = "texts", *, limited: bool = True) -> list[str]:

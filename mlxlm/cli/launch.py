@@ -23,7 +23,10 @@ def launch(
     hostfile: Annotated[
         str | None, typer.Option(metavar="FILE", help="Machines, as mlx.distributed_config writes them.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="Between machines: ring, jaccl (Thunderbolt) or mpi.")] = "ring",
+    backend: Annotated[
+        str,
+        typer.Option(help="ring; between machines jaccl (Thunderbolt), mpi; of NVIDIA GPUs nccl."),
+    ] = "ring",
     restarts: Annotated[int, typer.Option(help="How often to start again, resuming, when a process fails.")] = 0,
     timeout: Annotated[float | None, typer.Option(help="Seconds after which a process counts as hung.")] = None,
 ) -> None:
@@ -37,8 +40,10 @@ def launch(
     verb = command[0]
     if verb not in SHARING:
         raise UsageError(f"{verb!r} is no verb that several processes can share; these are: {', '.join(SHARING)}")
-    if backend not in BACKENDS:
-        raise UsageError(f"unknown backend {backend!r}{nearest(backend, BACKENDS)}")
+    known = ("ring", "nccl") if hostfile is None else BACKENDS
+    if backend not in known:
+        where = "processes of one machine" if hostfile is None else "machines of a host file"
+        raise UsageError(f"--backend {backend}: {where} talk over {' or '.join(known)}{nearest(backend, known)}")
     if timeout is not None:
         if timeout <= 0:
             raise UsageError(f"--timeout {timeout:g}; expected more than 0")
@@ -56,6 +61,4 @@ def launch(
         raise UsageError(
             f"say how many processes before the verb, as launch -n 2 {verb} ..., or name machines with --hostfile"
         )
-    if processes > 1 and backend != "ring":
-        raise UsageError(f"processes of one machine talk over the ring; --backend {backend} goes with --hostfile")
-    raise typer.Exit(start(words, processes, restarts=restarts, resume=SHARING[verb], say=say))
+    raise typer.Exit(start(words, processes, backend=backend, restarts=restarts, resume=SHARING[verb], say=say))

@@ -24,8 +24,18 @@ _USER_MISTAKE = 2
 Say = Callable[[str], None]
 
 
-def launch(command: Sequence[str], count: int, *, restarts: int = 0, resume: Sequence[str] = (), say: Say) -> int:
-    """Run a command in `count` processes of this machine that find each other over MLX's ring; their exit status.
+def launch(
+    command: Sequence[str],
+    count: int,
+    *,
+    backend: str = "ring",
+    restarts: int = 0,
+    resume: Sequence[str] = (),
+    say: Say,
+) -> int:
+    """Run a command in `count` processes of this machine that find each other; their exit status.
+
+    backend: "ring", or "nccl", where each has an NVIDIA GPU of its own.
 
     The first process has the terminal; what others write to stderr comes with their rank before it. When one ends with
     an error, all are ended, within a bounded time. Then they are started again, up to `restarts` times, with the
@@ -37,10 +47,10 @@ def launch(command: Sequence[str], count: int, *, restarts: int = 0, resume: Seq
         raise UsageError(f"--restarts {restarts}; expected 0 or more")
     again = [word for word in resume if word not in command]
     for attempt in range(restarts + 1):
-        status, reason, stopped = _attempt([*command, *(again if attempt else [])], count)
+        status, reason, stopped = _attempt([*command, *(again if attempt else [])], count, backend)
         if attempt and again and status == _USER_MISTAKE and not stopped:
             say("there is nothing to go on from; starting from the beginning")
-            status, reason, stopped = _attempt(command, count)
+            status, reason, stopped = _attempt(command, count, backend)
         if status in (0, _USER_MISTAKE) or stopped:
             return status
         say(f"the run ended: {reason}")
@@ -50,12 +60,10 @@ def launch(command: Sequence[str], count: int, *, restarts: int = 0, resume: Seq
     raise AssertionError("a loop over at least one attempt ends in it")
 
 
-def _attempt(command: Sequence[str], count: int) -> tuple[int, str, bool]:
+def _attempt(command: Sequence[str], count: int, backend: str) -> tuple[int, str, bool]:
     """Exit status, which rank ended how, and whether a signal to this process ended the run."""
     with tempfile.TemporaryDirectory(prefix="mlxlm-launch-") as folder:
-        hosts = Path(folder) / "hosts.json"
-        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(count)]))
-        processes = [_start(command, rank, hosts) for rank in range(count)]
+        processes = [_start(command, rank, one) for rank, one in enumerate(environments(count, backend, Path(folder)))]
         readers = [
             threading.Thread(target=_prefixed, args=(rank, process.stderr), daemon=True)
             for rank, process in enumerate(processes)
@@ -87,10 +95,29 @@ def _attempt(command: Sequence[str], count: int) -> tuple[int, str, bool]:
                     process.stderr.close()
 
 
-def _start(command: Sequence[str], rank: int, hosts: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
-    for name in ("MLX_IBV_DEVICES", "MLX_JACCL_COORDINATOR", "NCCL_HOST_IP"):
-        environment.pop(name, None)
+def environments(count: int, backend: str, folder: Path) -> list[dict[str, str]]:
+    """The environment of each process of a run on this machine, as mlx.launch would set it.
+
+    backend: see `launch`.  folder: for what they read.  Raises UsageError for more processes than there are GPUs that
+    may be used.
+    """
+    names = ("MLX_IBV_DEVICES", "MLX_JACCL_COORDINATOR", "NCCL_HOST_IP", "MLX_HOSTFILE")
+    common = {name: value for name, value in os.environ.items() if name not in names}
+    if backend == "ring":
+        hosts = folder / "hosts.json"
+        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(count)]))
+        return [{**common, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)} for rank in range(count)]
+    allowed = common.get("CUDA_VISIBLE_DEVICES")
+    devices = [str(rank) for rank in range(count)] if not allowed else allowed.split(",")
+    if len(devices) < count:
+        raise UsageError(f"{count} processes need a GPU each, and CUDA_VISIBLE_DEVICES names {len(devices)}")
+    common |= {
+        "NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": str(free_ports(1)[0]), "MLX_WORLD_SIZE": str(count),
+    }  # fmt: skip
+    return [{**common, "MLX_RANK": str(rank), "CUDA_VISIBLE_DEVICES": devices[rank]} for rank in range(count)]
+
+
+def _start(command: Sequence[str], rank: int, environment: dict[str, str]) -> subprocess.Popen[str]:
     return subprocess.Popen(
         list(command),
         env=environment,

@@ -19,7 +19,7 @@ from processes import ROOT
 
 import mlxlm
 from mlxlm.cli import main
-from mlxlm.distributed.launching import launch
+from mlxlm.distributed.launching import environments, launch
 from mlxlm.errors import UsageError
 
 RECIPE = """
@@ -277,3 +277,17 @@ def test_the_examples_run(tmp_path):
     rows = ROOT / "examples" / "distributed" / "rows"
     done = mlxlm_under(ROOT, "finetune", "--data", rows, "--iters", 2, "--adapter-path", tmp_path / "a", processes=2)
     assert done.returncode == 0, done.stderr
+
+
+def test_each_process_of_nccl_has_a_gpu_of_its_own(tmp_path, monkeypatch, command_here):
+    monkeypatch.setenv("MLX_HOSTFILE", "another run's")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6")
+    one, two = environments(2, "nccl", tmp_path)
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in (one, two)] == ["3", "5"]
+    assert [(each["MLX_RANK"], each["MLX_WORLD_SIZE"]) for each in (one, two)] == [("0", "2"), ("1", "2")]
+    assert (one["NCCL_HOST_IP"], one["NCCL_PORT"]) == (two["NCCL_HOST_IP"], two["NCCL_PORT"])
+    assert "MLX_HOSTFILE" not in one
+    with pytest.raises(UsageError, match="4 processes need a GPU each"):
+        environments(4, "nccl", tmp_path)
+    status, _, error = command_here("launch", "-n", 2, "--backend", "mpi", "--", "generate")
+    assert (status, "processes of one machine talk over ring or nccl" in error) == (2, True)

@@ -233,38 +233,20 @@ def work(names: list[str]) -> None:
 # ---------------------------------------------------------------------------------------------------- around them
 
 
-def environment(rank: int, count: int, backend: str, folder: str) -> dict[str, str]:
-    """What mlx.launch sets for a rank of one machine, and exact products in float32."""
-    from mlxlm.distributed.launching import free_ports
-
-    given = {**os.environ, "MLX_RANK": str(rank), "MLX_ENABLE_TF32": "0"}
-    if backend == "ring":
-        return {**given, "MLX_HOSTFILE": str(Path(folder) / "hosts.json")}
-    port = Path(folder) / "port"
-    if not port.exists():
-        port.write_text(str(free_ports(1)[0]))
-    return {
-        **given, "NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": port.read_text(), "MLX_WORLD_SIZE": str(count),
-        "CUDA_VISIBLE_DEVICES": str(rank), "NCCL_NVLS_ENABLE": "0",
-    }  # fmt: skip
-
-
 def attempt(names: list[str], count: int, backend: str, ends: float) -> int:
     """How many of the rows new processes printed before they ended, by themselves or at the time `ends`."""
-    import json
-
-    from mlxlm.distributed.launching import free_ports
+    from mlxlm.distributed.launching import environments
 
     done = 0
+    # Products of float32 exactly; without NVLink multicast, which not every machine allows.
+    ours = {"MLX_ENABLE_TF32": "0", "NCCL_NVLS_ENABLE": "0"}
     with tempfile.TemporaryDirectory() as folder:
-        hosts = [[f"127.0.0.1:{port}"] for port in free_ports(count)]
-        (Path(folder) / "hosts.json").write_text(json.dumps(hosts))
         processes = [
             subprocess.Popen(
                 [sys.executable, __file__, "--worker", *names],
-                env=environment(rank, count, backend, folder), stdout=subprocess.PIPE if rank == 0 else None, text=True,
+                env={**environment, **ours}, stdout=subprocess.PIPE if rank == 0 else None, text=True,
             )
-            for rank in range(count)
+            for rank, environment in enumerate(environments(count, backend, Path(folder)))
         ]  # fmt: skip
         stop = threading.Timer(max(0.1, ends - time.monotonic()), lambda: [one.kill() for one in processes])
         stop.start()

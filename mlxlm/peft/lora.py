@@ -30,10 +30,15 @@ def dense_weight(module: nn.Module) -> mx.array:
 
 @cache
 def _nothing(rank: int, dtype: mx.Dtype) -> mx.array:
-    """Zeros (rank,) to add to a product, which lets the product take a factor: only `addmm` has one."""
+    """Zeros (rank,), to be added to a product."""
     zeros = mx.zeros((rank,), dtype=dtype)
     mx.eval(zeros)
     return zeros
+
+
+def _inner(x: mx.array, matrix: mx.array, factor: float) -> mx.array:
+    """factor * x matrix, (..., rank), in one operation: of products only `addmm` takes a factor."""
+    return mx.addmm(_nothing(matrix.shape[1], x.dtype), x, matrix, alpha=factor)
 
 
 def add_low_rank(
@@ -43,42 +48,36 @@ def add_low_rank(
 
     base: instead of y, a linear layer that makes it of x and whose own weights learn nothing.
 
-    The factor goes into the products, in both directions: a training step has hundreds of adapters, and is as fast as
-    the operations of one are few: two, and four for its gradients. Nothing in a backward pass waits for the gradients
-    of weights; put off to its end, they would keep what they are made of until then, of every layer three arrays of the
-    feed-forward's width. So here all else waits for them.
+    For training, whose steps have hundreds of adapters and are as fast as the operations of one are few: two, and four
+    for its gradients, with the factor inside. Nothing in a backward pass waits for the gradients of weights; put off to
+    its end, they would keep what they are made of until then, of every layer three arrays of the feed-forward's width.
+    So here all else waits for them.
     """
-    nothing = _nothing(lora_a.shape[0], x.dtype)
 
-    def low(x: mx.array, matrix: mx.array) -> mx.array:
-        return mx.addmm(nothing, x, matrix, alpha=factor)
-
-    def gradients(
-        x: mx.array, lora_a: mx.array, lora_b: mx.array, cotangent: mx.array
-    ) -> tuple[mx.array, mx.array, list[mx.array]]:
-        """Of A x and of y, and of A and B."""
-        # Not kept, but made again, which `mx.compile` sees where it was not forgotten in between.
-        inner, of_inner = low(x, lora_a.T), low(cotangent, lora_b)
+    def of_low_rank(x: mx.array, lora_a: mx.array, lora_b: mx.array, cotangent: mx.array) -> tuple[Any, ...]:
+        """Gradients of x A^T and of y, and of A and B."""
+        # The first is not kept, but made again; `mx.compile` sees that it was, unless all of it is computed again.
+        inner, of_inner = _inner(x, lora_a.T, factor), _inner(cotangent, lora_b, factor)
         of_weights = [of_inner.T @ x, cotangent.T @ inner]
         return *mx.depends([of_inner, cotangent], of_weights), of_weights
 
     @mx.custom_function
     def added(x: mx.array, y: mx.array, lora_a: mx.array, lora_b: mx.array) -> mx.array:
-        return mx.addmm(y, low(x, lora_a.T), lora_b.T)
+        return mx.addmm(y, _inner(x, lora_a.T, factor), lora_b.T)
 
     @added.vjp
     def added_vjp(arrays: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> Any:
         x, _, lora_a, lora_b = arrays
-        of_inner, of_y, of_weights = gradients(x, lora_a, lora_b, cotangent)
+        of_inner, of_y, of_weights = of_low_rank(x, lora_a, lora_b, cotangent)
         return of_inner @ lora_a, of_y, *of_weights
 
     @mx.custom_function
     def linear(x: mx.array, lora_a: mx.array, lora_b: mx.array) -> mx.array:
-        return mx.addmm(base(x), low(x, lora_a.T), lora_b.T)
+        return mx.addmm(base(x), _inner(x, lora_a.T, factor), lora_b.T)
 
     @linear.vjp
     def linear_vjp(arrays: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> Any:
-        of_inner, of_y, of_weights = gradients(*arrays, cotangent)
+        of_inner, of_y, of_weights = of_low_rank(*arrays, cotangent)
         return mx.addmm(of_y @ base.weight, of_inner, arrays[1]), *of_weights
 
     rows = x.flatten(0, -2)
@@ -116,8 +115,10 @@ class LoraPart(Part):
         """See `Part.add`."""
         x = self.dropout(x)
         if "magnitude" not in self:
-            given = (x.astype(y.dtype), y, self.lora_a.astype(y.dtype), self.lora_b.astype(y.dtype))
-            return add_low_rank(*given, self.scale * weight)
+            x, lora_a, lora_b = (array.astype(y.dtype) for array in (x, self.lora_a, self.lora_b))
+            if self.training:
+                return add_low_rank(x, y, lora_a, lora_b, self.scale * weight)
+            return mx.addmm(y, _inner(x, lora_a.T, self.scale * weight), lora_b.T)
         low = x @ self.lora_a.T.astype(x.dtype)
         change = low @ (self.scale * self.lora_b).T.astype(x.dtype)
         row = (self.magnitude / self._norm(base)).astype(y.dtype)

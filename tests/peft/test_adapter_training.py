@@ -142,16 +142,27 @@ def test_bug_7_full_fine_tuning_saves_embeddings_norms_and_head(tied, tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 3, 5)], ids=["rows", "batches"])
-def test_a_low_rank_change_and_its_gradients_are_those_of_the_plain_formula(shape):
+@pytest.mark.parametrize("form", ["given", "frozen", "frozen with bias"])
+def test_a_low_rank_change_and_its_gradients_are_those_of_the_plain_formula(form, shape):
     rng = np.random.default_rng(0)
     drawn = lambda *size: mx.array(rng.normal(size=size).astype(np.float32))  # noqa: E731
-    arrays = [drawn(*shape, 7), drawn(*shape, 6), drawn(3, 7), drawn(6, 3)]
-    weights = drawn(*shape, 6)
-    plain = lambda x, y, a, b: y + 0.75 * ((x @ a.T) @ b.T)  # noqa: E731
+    x, y, lora_a, lora_b, weights = drawn(*shape, 7), drawn(*shape, 6), drawn(3, 7), drawn(6, 3), drawn(*shape, 6)
+    base = nn.Linear(7, 6, bias=form == "frozen with bias")
+    base.freeze()
+
+    def ours(x, y, lora_a, lora_b):
+        if form == "given":
+            return add_low_rank(x, y, lora_a, lora_b, 0.75)
+        return add_low_rank(x, None, lora_a, lora_b, 0.75, base)
+
+    def plain(x, y, lora_a, lora_b):
+        return (y if form == "given" else base(x)) + 0.75 * ((x @ lora_a.T) @ lora_b.T)
+
     results = []
-    for function in (lambda *given: add_low_rank(*given, 0.75), plain):
-        value, gradients = mx.value_and_grad(lambda *g: (function(*g) * weights).sum(), argnums=(0, 1, 2, 3))(*arrays)  # noqa: B023
+    for function in (ours, plain):
+        loss = lambda *given: (function(*given) * weights).sum()  # noqa: B023, E731
+        value, gradients = mx.value_and_grad(loss, argnums=(0, 1, 2, 3))(x, y, lora_a, lora_b)
         results.append([value, *gradients])
-    for ours, theirs in zip(*results, strict=True):
-        assert ours.shape == theirs.shape
-        assert mx.allclose(ours, theirs, rtol=1e-5, atol=1e-5).item()
+    for one, other in zip(*results, strict=True):
+        assert one.shape == other.shape
+        assert mx.allclose(one, other, rtol=1e-5, atol=1e-5).item()

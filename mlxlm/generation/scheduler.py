@@ -135,7 +135,7 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether there is anything left to do."""
-        return bool(self._waiting or self._reading or self.rows.rows)
+        return bool(self._waiting or self._reading or self.rows.unfinished)
 
     @property
     def waiting(self) -> int:
@@ -148,7 +148,7 @@ class Scheduler:
         return len(self.rows) + sum(len(reading.rows) for reading in self._reading)
 
     def step(self) -> list[tuple[Row, TokenChoice]]:
-        """One step; the tokens that are known now, at most one a row. A row ends with the one that has a reason to."""
+        """One step; the tokens that are known now, see `Rows.step`. A row ends with the one that has a reason to."""
         self._let_in()
         self._read()
         while self.patient and self._reading:
@@ -168,14 +168,14 @@ class Scheduler:
                     kept.append(entry)
             queue.clear()
             queue.extend(kept)  # type: ignore[arg-type]
-        self.rows.drop([row for row in self.rows.rows if id(row) in gone])
+        self.rows.drop([row for row in self.rows.unfinished if id(row) in gone])
 
     def abandon(self) -> list[Row]:
         """Forget all rows that are being read or answered, after an error; returns them. Those that wait stay."""
-        rows = [*self.rows.rows, *self._current, *(row for reading in self._reading for row in reading.rows)]
+        rows = [*self.rows.unfinished, *self._current, *(row for reading in self._reading for row in reading.rows)]
         self._reading.clear()
         self._current = []
-        self.rows.drop(self.rows.rows)
+        self.rows.drop(self.rows.unfinished)
         return list({id(row): row for row in rows}.values())
 
     def _let_in(self) -> None:

@@ -11,6 +11,7 @@ from mlxlm.generation.batching import generate_tokens
 from mlxlm.generation.requests import Request
 from mlxlm.generation.sampling import Sampling
 from mlxlm.generation.scheduler import Scheduler
+from mlxlm.generation.stepping import Stepping
 from mlxlm.generation.steps import make_steps
 from mlxlm.layers import CacheSpec
 from mlxlm.models.loading import load_model
@@ -206,6 +207,47 @@ def test_a_short_prompt_does_not_wait_for_a_long_one(loaded_models):
         scheduler.step()
     assert len(short.answer) == 2
     assert long.answer == []
+
+
+@pytest.mark.parametrize("bound", [False, True])
+@pytest.mark.parametrize("ahead", [2, 5])
+def test_steps_launched_ahead_change_nothing(loaded_models, ahead, bound):
+    """Whoever ends when, by a stop token or by length, with likelihoods or without, and beside rows that must wait."""
+    model = loaded_models["gemma2"]
+    stop = frozenset(alone(model, prompts(model)[3], 6)[-1:])
+
+    def answered(ahead):
+        scheduler = Scheduler(model, 67, max_rows=3, chunk=9, stepping=Stepping(ahead=ahead))
+        found = {}
+        for number, (prompt, limit) in enumerate(zip(prompts(model), [1, 9, 4, 12, 2, 7, 30], strict=True)):
+            sampling = Sampling(temperature=1.0, seed=number) if number % 3 == 1 else Sampling()
+            only = (Only(67, [[20 + i, 40 + i] for i in range(7)]),) if bound and number == 5 else ()
+            request = Request(
+                tokens=tuple(prompt), max_tokens=limit, stop_tokens=stop, sampling=sampling, processors=only,
+                likelihoods=2 if number == 2 else None,
+            )  # fmt: skip
+            found[id(scheduler.add(request, number)[0])] = []
+        steps = 0
+        while scheduler.busy:
+            assert scheduler.active + scheduler.waiting > 0
+            for row, choice in scheduler.step():
+                found[id(row)].append(choice)
+            steps += 1
+            if steps == 6:  # one of those that are there, and one that waits
+                kept = [row for row in scheduler.rows.unfinished if row.owner == 1]
+                scheduler.drop(kept)
+        assert scheduler.rows.cache.nbytes == 0
+        return list(found.values())
+
+    wanted, given = answered(1), answered(ahead)
+    for number, (one, other) in enumerate(zip(wanted, given, strict=True)):
+        shared = min(len(one), len(other)) if number == 1 else len(one)
+        assert [(c.token, c.finish_reason) for c in one[:shared]] == [
+            (c.token, c.finish_reason) for c in other[:shared]
+        ]
+        assert number == 1 or len(other) == shared
+        assert [len(c.likeliest) for c in one[:shared]] == [2 if number == 2 else 0] * shared
+    assert {choices[-1].finish_reason for choices in wanted[2:]} == {"stop", "length"}
 
 
 def test_who_is_patient_reads_all_prompts_before_the_first_token(loaded_models):

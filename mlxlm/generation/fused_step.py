@@ -16,7 +16,7 @@ from mlxlm import runtime
 from mlxlm.kernels import one_token
 from mlxlm.kernels.one_token import Heads, Norm, Weight
 from mlxlm.kernels.one_token.selfcheck import disabled
-from mlxlm.layers import Block, Cache, KeyValueCache, TokenPositions
+from mlxlm.layers import Attention, Block, Cache, FeedForward, KeyValueCache, TokenPositions
 from mlxlm.layers.cache_storage import FloatStorage
 from mlxlm.layers.joined import JoinedLinear
 from mlxlm.layers.norms import OffsetRMSNorm, RMSNorm
@@ -82,15 +82,19 @@ class _FusedLayer:
         if type(block) is not Block or block.spec.cross_attention is not None:
             raise Unserved(f"layers of the kind {type(block).__name__} are not served")
         attention, feed_forward = block.attention, block.feed_forward
+        if type(attention) is not Attention or type(feed_forward) is not FeedForward:
+            raise Unserved("there is an adapter around attention or around a feed-forward layer")
         spec, own = attention.spec, feed_forward.spec
         if spec.clip is not None or not spec.causal:
             raise Unserved("attention is not causal, or what it projects is clipped")
         if own.activation not in one_token.ACTIVATIONS:
             raise Unserved(f"the activation {own.activation} has no kernel")
-        if attention._joined is None or (own.gated and feed_forward._joined is None):
-            raise Unserved("projections of one input can't be joined")
-        self.qkv, self.output = _weight(attention._joined), _weight(attention.output)
-        self.up, self.down = _weight(feed_forward._joined if own.gated else feed_forward.up), _weight(feed_forward.down)
+        self.qkv = _joined(attention._joined, attention.query, attention.key, attention.value)
+        if own.gated:
+            self.up = _joined(feed_forward._joined, feed_forward.gate, feed_forward.up)
+        else:
+            self.up = _weight(feed_forward.up)
+        self.output, self.down = _weight(attention.output), _weight(feed_forward.down)
         self.dtype = dtype = self.output.weight.dtype if self.output.scales is None else self.output.scales.dtype
         reasons = [weight.problem(dtype) for weight in (self.qkv, self.output, self.up, self.down)]
         for reason in (*reasons, one_token.serves(spec.head_dim, dtype)):
@@ -98,7 +102,7 @@ class _FusedLayer:
                 raise Unserved(reason)
         residuals = block.attention_residual, block.feed_forward_residual
         self.norms = [_norm_in(residual, dtype) for residual in residuals]
-        self.norms_out = [None if _is_identity(residual.norm_out) else residual.norm_out for residual in residuals]
+        self.norms_out = [_norm_out(residual, dtype) for residual in residuals]
         self.heads, self.head_norms = _heads(attention), _head_norms(attention, dtype)
         self.scale, self.softcap, self.window = attention.scale, spec.softcap, spec.window
         self.kv_shape = (1, spec.num_kv_heads, 1, spec.head_dim)
@@ -127,6 +131,13 @@ def _is_identity(*layers: nn.Module) -> bool:
     return all(type(layer) is nn.Identity for layer in layers)
 
 
+def _joined(joined: JoinedLinear | None, *layers: nn.Module) -> Weight:
+    """The arrays of layers that were joined, and have the same weights still."""
+    if joined is None or not joined.holds(*layers):
+        raise Unserved("projections of one input are not joined")
+    return _weight(joined)
+
+
 def _weight(layer: Any) -> Weight:
     """The arrays of a joined or single linear layer, plain or quantized."""
     if isinstance(layer, JoinedLinear):
@@ -147,6 +158,16 @@ def _norm_in(residual: nn.Module, dtype: mx.Dtype) -> Norm:
     if not plain or not _is_identity(residual.norm_after):
         raise Unserved("there is a norm after the sum, or what is added is not the layer's input")
     return _rms_norm(residual.norm_in, dtype)
+
+
+def _norm_out(residual: nn.Module, dtype: mx.Dtype) -> nn.Module | None:
+    """The norm after a sublayer, any that leaves the dtype what it is."""
+    norm = residual.norm_out
+    if _is_identity(norm):
+        return None
+    if norm(mx.zeros((1, norm.weight.size), dtype=dtype)).dtype != dtype:  # nothing of it is computed
+        raise Unserved("a norm is not in the dtype of the weights")
+    return norm
 
 
 def _rms_norm(norm: nn.Module, dtype: mx.Dtype) -> Norm:

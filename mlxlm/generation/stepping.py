@@ -23,7 +23,17 @@ from mlxlm import runtime
 from mlxlm.errors import UsageError, nearest
 from mlxlm.generation.fused_step import FusedLayers, Unserved, is_plain
 from mlxlm.kernels.attention import tuning
-from mlxlm.layers import Block, Cache, CacheSpec, KeyValueCache, ParallelBlock, Scope, TokenPositions, WindowCache
+from mlxlm.layers import (
+    Attention,
+    Block,
+    Cache,
+    CacheSpec,
+    KeyValueCache,
+    ParallelBlock,
+    Scope,
+    TokenPositions,
+    WindowCache,
+)
 
 if TYPE_CHECKING:
     from mlxlm.models import Transformer
@@ -114,20 +124,31 @@ def make_step(model: Transformer, stepping: Stepping | None = None) -> Step:
     simple = not model.config.has_memory and model.prompt is None and model._alone
     if stepping.compiled != "no" and simple and not model.training:
         return _compiled_step(model, stepping.compiled)
+    return _plain_step(model)
+
+
+def _plain_step(model: Transformer) -> Step:
     return lambda tokens, cache: model(tokens[:, None], cache=cache)[:, -1]
 
 
+def _pieces(model: Transformer) -> Step:
+    """A step in compiled pieces; a plain one where adapters are around attention, which can't be taken apart then."""
+    apart = all(isinstance(block.attention, Attention) for block in model.decoder.layers)
+    return PiecewiseStep(model) if apart else _plain_step(model)
+
+
 def _compiled_step(model: Transformer, compiled: Compiled) -> Step:
-    """The compiled step that the model has already, made anew when a weight is another one now."""
+    """The compiled step that the model has already, made anew when a weight is another one now, or an adapter that is
+    active.
+    """
     weights = [array for _, array in tree_flatten(model.parameters())]
-    held: tuple[Compiled, list[mx.array], Step] | None = getattr(model, "_compiled_step", None)
-    if held is not None and held[0] == compiled and _same(held[1], weights):
+    kind = (compiled, [getattr(module, "_active", None) for module in model.modules()])
+    held: tuple[Any, list[mx.array], Step] | None = getattr(model, "_compiled_step", None)
+    if held is not None and held[0] == kind and _same(held[1], weights):
         return held[2]
-    kinds: dict[Compiled, Callable[[Transformer], Step]] = {
-        "pieces": PiecewiseStep, "whole": WholeStep, "fused": FusedStep,
-    }  # fmt: skip
+    kinds: dict[Compiled, Callable[[Transformer], Step]] = {"pieces": _pieces, "whole": WholeStep, "fused": FusedStep}
     step = kinds[compiled](model)
-    model._compiled_step = (compiled, weights, step)  # a tuple with an underscore is no parameter to mlx.nn
+    model._compiled_step = (kind, weights, step)  # a tuple with an underscore is no parameter to mlx.nn
     return step
 
 
@@ -220,7 +241,12 @@ class WholeStep:
         state = [(layer.keys, layer.values) for layer in cache]
         for layer in cache:
             layer.keys = layer.values = None  # so that nothing but the graph holds the arrays, which it may then reuse
-        logits, state = self._function(cache)(tokens, place, state)
+        try:
+            logits, state = self._function(cache)(tokens, place, state)
+        except BaseException:  # an interrupt too: the cache is then what it was
+            for layer, (keys, values) in zip(cache, state, strict=True):
+                layer.keys, layer.values = keys, values
+            raise
         for layer, (keys, values) in zip(cache, state, strict=True):
             layer.keys, layer.values, layer.length = tuple(keys), tuple(values), length + 1
         cache.place, cache.lengths = None, lengths
@@ -254,7 +280,7 @@ class FusedStep:
     """
 
     def __init__(self, model: Transformer):
-        self._pieces, self._whole = PiecewiseStep(model), WholeStep(model)
+        self._pieces, self._whole = _pieces(model), WholeStep(model)
         self.fused: WholeStep | None = None
         self.reason = ""
         try:

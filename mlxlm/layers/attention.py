@@ -153,8 +153,8 @@ class Attention(nn.Module):
     def join(self) -> None:
         """Compute the projections of self-attention as one where that is possible; for inference, see `joined`."""
         layers = (self.query, self.key, self.value)
-        if self._joined is None and JoinedLinear.joins(layers):
-            self._joined = JoinedLinear(layers)
+        if self._joined is None or not self._joined.holds(*layers):
+            self._joined = JoinedLinear(layers) if JoinedLinear.joins(layers) else None
 
     def attend(
         self, query: mx.array, key: mx.array, value: mx.array, scope: Scope, cache: KeyValueCache | None = None

@@ -69,5 +69,8 @@ class FeedForward(nn.Module):
 
     def join(self) -> None:
         """Compute gate and up as one where that is possible; for inference, see `joined`."""
-        if self._joined is None and self.spec.gated and JoinedLinear.joins((self.gate, self.up)):
-            self._joined = JoinedLinear((self.gate, self.up))
+        if not self.spec.gated:
+            return
+        layers = (self.gate, self.up)
+        if self._joined is None or not self._joined.holds(*layers):
+            self._joined = JoinedLinear(layers) if JoinedLinear.joins(layers) else None

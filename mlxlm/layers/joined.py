@@ -39,7 +39,7 @@ class JoinedLinear:
                 layer[name] = joined[start : start + array.shape[0]]
                 start += array.shape[0]
             mx.eval([layer[name] for layer in layers])
-        self._weights = tuple(layer["weight"] for layer in layers)
+        self._held = tuple(_parts_of(layer) for layer in layers)
         first = layers[0]
         self._form = {name: getattr(first, name) for name in ("group_size", "bits", "mode") if hasattr(first, name)}
 
@@ -56,8 +56,8 @@ class JoinedLinear:
     def holds(self, *layers: nn.Module) -> bool:
         """Whether these are the joined layers, and nobody has changed their weights since."""
         return all(
-            layer is own and layer["weight"] is weight
-            for layer, own, weight in zip(layers, self.layers, self._weights, strict=True)
+            layer is own and _same(_parts_of(layer), held)
+            for layer, own, held in zip(layers, self.layers, self._held, strict=True)
         )
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -69,6 +69,14 @@ class JoinedLinear:
             )
             return out + parts["bias"] if "bias" in parts else out
         return linear(x, parts["weight"], parts.get("bias"))
+
+
+def _parts_of(layer: nn.Module) -> tuple[mx.array | None, ...]:
+    return tuple(layer.get(name) for name in _PARTS)
+
+
+def _same(one: Sequence[mx.array | None], other: Sequence[mx.array | None]) -> bool:
+    return all(a is b for a, b in zip(one, other, strict=True))
 
 
 def linear(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:

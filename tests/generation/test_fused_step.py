@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx import nn
+from mlx.utils import tree_map
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -17,6 +18,7 @@ from mlxlm.generation.stepping import FusedStep, Stepping, decoding_cache, make_
 from mlxlm.kernels.one_token import source
 from mlxlm.layers import CacheSpec
 from mlxlm.models.loading import load_model
+from mlxlm.peft import METHODS, activate, apply
 from tools.metal_emulator import compiler, emulated_metal
 
 pytestmark = pytest.mark.skipif(compiler.compiler() is None, reason="needs Linux and g++ or clang++")
@@ -113,6 +115,46 @@ def test_what_the_kernels_do_not_serve_is_said_and_takes_another_form(fixture_mo
     np.testing.assert_allclose(np.array(device.run(step, tokens[:, 13], cache)), wanted[:, 13], atol=2e-4)
 
 
+def test_weights_and_biases_that_were_changed_after_joining_are_the_ones_that_step(device):
+    model = built(attention_bias=True)
+    model.join_projections()
+    model.update(tree_map(lambda array: 1.5 * array, model.parameters()))
+    check(model, device)
+    for layer in model.decoder.layers:
+        layer.attention.query.bias = layer.attention.query.bias + 1
+    stale = device.run(FusedStep, model)
+    assert stale.fused is None
+    assert "not joined" in stale.reason
+    check(model, device)
+
+
+@pytest.mark.parametrize("method", ["lora", "houlsby", "pfeiffer", "parallel-adapter", "ia3", "bitfit"])
+def test_adapters_step_too_whatever_the_form(device, method):
+    model = built(attention_bias=True)
+    make_step(model)  # joins what reads the same input, before there is an adapter
+    apply(model, METHODS[method]())
+    model.update(tree_map(lambda array: array + 0.1, model.trainable_parameters()))
+    tokens = tokens_of(model)
+    for names in ("default", None):
+        activate(model, names)
+        wanted = np.array(model.eval()(tokens))
+        for compiled in ("pieces", "fused"):
+            step = device.run(make_step, model, Stepping(compiled=compiled))
+            cache = model.make_cache(CacheSpec(ragged=True))
+            model.hidden(tokens[:, :13], cache=cache)
+            np.testing.assert_allclose(np.array(device.run(step, tokens[:, 13], cache)), wanted[:, 13], atol=2e-4)
+
+
+def test_a_norm_in_another_dtype_has_no_kernels(device):
+    model = built(model_type="glm4", head_dim=16, partial_rotary_factor=0.5)
+    model.set_dtype(mx.float16)
+    model.join_projections()
+    assert device.run(FusedStep, model).fused is not None
+    norm = model.decoder.layers[1].feed_forward_residual.norm_out
+    norm.weight = norm.weight.astype(mx.float32)
+    assert "norm" in device.run(FusedStep, model).reason
+
+
 def test_several_rows_and_other_caches_take_another_form(tiny_llama, device):
     model = tiny_llama
     model.join_projections()
@@ -135,6 +177,10 @@ def test_the_cpu_has_no_such_kernels(tiny_llama):
 @pytest.fixture
 def tiny_llama():
     """Two layers that can be quantized in groups of 32."""
+    return built()
+
+
+def built(**more):
     from mlxlm.models import Transformer
     from mlxlm.models.families import family_of
 
@@ -142,5 +188,6 @@ def tiny_llama():
     config = {
         "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": 120,
         "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 128,
+        **more,
     }  # fmt: skip
     return Transformer(family_of(config).read_config(config)).eval()

@@ -191,3 +191,31 @@ def test_positions_that_are_used_up_are_one_clear_line(fixture_model, uncompiled
     model.hidden(mx.full((1, model.config.max_length), 5, dtype=mx.int32), cache=cache)
     with pytest.raises(PromptError, match="49 tokens are more than the 48 positions"):
         make_step(model, Stepping(compiled=compiled))(mx.array([5]), cache)
+
+
+def test_a_compiled_step_is_made_anew_when_another_adapter_is_active(fixture_model, uncompiled):
+    from mlxlm.peft import Lora, activate, apply
+
+    model = apply(load_model(fixture_model("llama")), Lora()).eval()
+    stepping = Stepping(compiled="pieces")
+    first = make_step(model, stepping)
+    assert make_step(model, stepping) is first
+    activate(model, None)
+    assert make_step(model, stepping) is not first
+
+
+def test_an_interrupt_in_a_step_leaves_the_cache_as_it_was(fixture_model, uncompiled):
+    model = load_model(fixture_model("llama"))
+    step = make_step(model, Stepping(compiled="whole"))
+    tokens = mx.array([[5, 6, 7, 8, 9]])
+    cache = model.make_cache(CacheSpec(ragged=True))
+    model.hidden(tokens[:, :4], cache=cache)
+
+    def interrupted(tokens, place, cache):
+        raise KeyboardInterrupt
+
+    forward, step._forward = step._forward, interrupted
+    with pytest.raises(KeyboardInterrupt):
+        step(tokens[:, 4], cache)
+    step._forward = forward
+    np.testing.assert_allclose(np.array(step(tokens[:, 4], cache)), np.array(model(tokens))[:, 4], atol=2e-4)

@@ -1,7 +1,7 @@
 """A small T5 with drawn weights, and a tokenizer of the words in its data: a model that knows nothing yet.
 
-    python examples/synthetic_data/generate.py --task text-to-text --rows 4000 --output runs/drawing
-    python examples/finetune_tasks/draw_t5.py --data runs/drawing --output runs/tiny-t5
+    python examples/synthetic_data/generate.py --task dates --rows 5000 --output runs/dates
+    python examples/finetune_tasks/draw_t5.py --data runs/dates --output runs/tiny-t5
 
 Reads train.jsonl with rows {"source", "target"}. The folder is a checkpoint as any other, which mlxlm and transformers
 load.

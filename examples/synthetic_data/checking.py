@@ -137,6 +137,16 @@ def draw(source: str) -> str:
     return ", ".join(drawn)
 
 
+def iso_date(source: str) -> str:
+    """A date in any of its forms as YYYY-MM-DD: the year has four digits, a month is a number where it has no name."""
+    words = re.findall(r"\w+", source)
+    year = next(word for word in words if len(word) == 4 and word.isdigit())
+    named = [number for number, month in enumerate(MONTHS, 1) for word in words if word in (month, month[:3])]
+    numbers = [int(word) for word in words if word.isdigit() and word != year]
+    month = named[0] if named else numbers[1]
+    return f"{year}-{month:02}-{numbers[0]:02}"
+
+
 def tag(tokens: list[str]) -> list[str]:
     """Labels of the words: what is written large is a place after a preposition, a firm after "firm", else a person."""
     labels: list[str] = []

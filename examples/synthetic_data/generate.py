@@ -10,6 +10,7 @@ the same bytes. With --check, every row of a file is a row of the task with one 
     instructions   {"messages"}              dates, units, and facts of a sentence as JSON
     sentiment      {"text", "label"}         negations, and clauses of which one decides
     text-to-text   {"source", "target"}      a list of shapes, in the order in which they are to be drawn
+    dates          {"source", "target"}      dates in many forms, in one form
     tagging        {"tokens", "labels"}      persons, places and firms, some under the same names
     preference     {"prompt", "chosen", "rejected"}   instructions with a right and a wrong answer
 """
@@ -152,6 +153,14 @@ def _drawing(rng: random.Random) -> Row:
     return {"source": f" {word} ".join(wanted), "target": ", ".join(one for group in drawn for one in group)}
 
 
+def _dated(rng: random.Random) -> Row:
+    """A date as people write it, and as YYYY-MM-DD."""
+    day, month, year = rng.randint(1, 28), rng.randrange(12), rng.randint(1950, 2049)
+    name = checking.MONTHS[month]
+    forms = f"{day} {name} {year}", f"{name} {day}, {year}", f"{day}.{month + 1}.{year}", f"{year}, {day} {name[:3]}."
+    return {"source": rng.choice(forms), "target": f"{year}-{month + 1:02}-{day:02}"}
+
+
 Words = list[tuple[str, str]]  # a word and its label
 
 
@@ -215,6 +224,9 @@ TASKS = {
     ),
     "text-to-text": Task(
         _drawing, lambda row: row["source"], lambda row, answer: answer.strip() == checking.draw(row["source"])
+    ),
+    "dates": Task(
+        _dated, lambda row: row["source"], lambda row, answer: answer.strip() == checking.iso_date(row["source"])
     ),
     "tagging": Task(
         _tagged, lambda row: " ".join(row["tokens"]), lambda row, answer: answer == checking.tag(row["tokens"])

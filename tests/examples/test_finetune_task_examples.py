@@ -23,18 +23,18 @@ import generate  # noqa: E402
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """Data of the text-to-text task, and the model that is drawn for it."""
+    """Data of the dates task, and the model that is drawn for it."""
     spec = importlib.util.spec_from_file_location("draw_t5", FOLDER / "draw_t5.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     folder = tmp_path_factory.mktemp("drawn")
-    generate.write(generate.make_rows("text-to-text", 400), folder / "data")
+    generate.write(generate.make_rows("dates", 3000), folder / "data")
     module.draw(folder / "data", folder / "model", width=16, layers=1)
     return folder
 
 
 def test_there_is_a_file_for_each_task_of_labels_and_of_pairs():
-    assert set(TASKS) == {"sentiment", "tagging", "text-to-text"}
+    assert set(TASKS) == {"sentiment", "tagging", "dates"}
 
 
 def test_the_tokenizer_of_the_drawn_model_gives_every_text_back(drawn):
@@ -53,12 +53,12 @@ def test_the_file_runs_two_steps(request, drawn, tmp_path, task):
     values = read_yaml(TASKS[task], "settings")
     values.pop("epochs")
     generate.write(generate.make_rows(task, 40), tmp_path / "data")
-    model = drawn / "model" if task == "text-to-text" else request.getfixturevalue("tiny_bert_directory")
+    model = drawn / "model" if task == "dates" else request.getfixturevalue("tiny_bert_directory")
     changed = {
         "model": str(model), "data": str(tmp_path / "data"), "adapter_path": str(tmp_path / "out"), "iters": 2,
         "batch_size": 4, "exact_match": 2, "sample_tokens": 4,
     }  # fmt: skip
     outcome = finetune(FinetuneSettings.from_json({**values, **changed}), say=lambda text: None)
-    kind = {"sentiment": "sequence", "tagging": "tokens", "text-to-text": "seq2seq"}[task]
+    kind = {"sentiment": "sequence", "tagging": "tokens", "dates": "seq2seq"}[task]
     assert (outcome.kind, outcome.result.step) == (kind, 2)
     assert {"sequence": "accuracy", "tokens": "entity_f1", "seq2seq": "exact_match"}[kind] in outcome.test

@@ -23,6 +23,7 @@ FORMATS = {
     "instructions": "chat",
     "sentiment": "classification",
     "text-to-text": "seq2seq",
+    "dates": "seq2seq",
     "tagging": "tagging",
     "preference": "preference",
 }
@@ -30,6 +31,7 @@ ANSWERS = {
     "instructions": lambda row: row["messages"][1]["content"],
     "sentiment": lambda row: row["label"],
     "text-to-text": lambda row: row["target"],
+    "dates": lambda row: row["target"],
     "tagging": lambda row: row["labels"],
     "preference": lambda row: row["chosen"],
 }
@@ -88,6 +90,8 @@ def test_hand_written_answers():
         == "positive"
     )
     assert checking.draw("two red crosses after one blue line") == "blue line, red cross, red cross"
+    forms = ("4 May 1993", "May 4, 1993", "4.5.1993", "1993, 4 May.")
+    assert {checking.iso_date(form) for form in forms} == {"1993-05-04"}
     words = "near Paris , the firm Florence Bank wrote a letter to the mayor of Sydney .".split()
     assert [label for label in checking.tag(words) if label != "O"] == ["B-PLACE", "B-FIRM", "I-FIRM", "B-PLACE"]
     with pytest.raises(ValueError, match="no known kind"):

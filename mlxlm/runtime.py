@@ -93,6 +93,29 @@ def default_dtype(checkpoint_dtype: mx.Dtype) -> mx.Dtype:
     return mx.float32 if backend() == "cpu" else checkpoint_dtype
 
 
+# Metal's own for large chips. On CUDA the default is about 20 times that.
+_GRAPH_MEGABYTES = "50"
+
+
+def small_command_graphs() -> bool:
+    """Let MLX's CUDA backend hand its work to the GPU in small pieces; whether that is so now.
+
+    For runs that must be frugal, which recompute layers or are made to fit: MLX keeps all arrays of a piece until it
+    has run, and looks at its memory limit between pieces, so a piece of the default size alone may take a gigabyte.
+    Ordinary runs are faster in large pieces. Sets MLX_MAX_MB_PER_BUFFER in the environment of this process, unless it
+    has a value, which stays. MLX reads it once, so the call must come before the first operation on the GPU: False when
+    it is too late. On macOS, where pieces are small anyway, it does nothing.
+    """
+    name = "MLX_MAX_MB_PER_BUFFER"
+    if not sys.platform.startswith("linux") or os.environ.get(name):
+        return True
+    mlx = sys.modules.get("mlx.core")
+    if mlx is not None and mlx.get_peak_memory():
+        return False
+    os.environ[name] = _GRAPH_MEGABYTES
+    return True
+
+
 @dataclass(frozen=True, kw_only=True)
 class Memory:
     """Memory of the device in bytes; None where the backend does not say.

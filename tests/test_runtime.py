@@ -87,3 +87,29 @@ def test_the_default_dtype_follows_the_backend(monkeypatch):
     assert runtime.default_dtype(mx.bfloat16) == mx.bfloat16
     monkeypatch.setattr(runtime, "backend", lambda: "cpu")
     assert runtime.default_dtype(mx.bfloat16) == mx.float32
+
+
+GRAPHS = "import os, mlxlm; print(mlxlm.runtime.small_command_graphs(), os.environ.get('MLX_MAX_MB_PER_BUFFER'))"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere command graphs are small anyway")
+class TestSmallCommandGraphs:
+    """What MLX is told before it does anything on a GPU."""
+
+    def test_they_are_asked_for_in_time(self):
+        assert python(GRAPHS, MLX_MAX_MB_PER_BUFFER="") == "True 50"
+        assert python(f"import mlx.core; {GRAPHS}", MLX_MAX_MB_PER_BUFFER="") == "True 50"
+
+    def test_what_the_user_has_set_stays(self):
+        assert python(GRAPHS, MLX_MAX_MB_PER_BUFFER="200") == "True 200"
+
+    def test_after_the_first_operation_it_is_too_late(self):
+        code = f"import mlx.core as mx; mx.eval(mx.zeros(9)); {GRAPHS}"
+        assert python(f"import os; os.environ.pop('MLX_MAX_MB_PER_BUFFER', 0); {code}") == "False None"
+
+
+def test_macos_needs_no_small_command_graphs(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.delenv("MLX_MAX_MB_PER_BUFFER", raising=False)
+    assert runtime.small_command_graphs()
+    assert "MLX_MAX_MB_PER_BUFFER" not in os.environ

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 from mlx import nn
 
-from mlxlm import peft
+from mlxlm import peft, runtime
 from mlxlm.alignment import reference as references
 from mlxlm.alignment.answering import Prompt, encode_prompts
 from mlxlm.alignment.comparisons import Comparison, ComparisonSource, Lost, comparisons, with_reference
@@ -44,8 +44,10 @@ def prepare(settings: AlignSettings, *, resume: bool = False, say: Say = print, 
     joined: processes that share the rows of every batch and the prompts of every iteration, see `Run`.
     Raises an error of `mlxlm.errors` for what can't work, before anything takes long.
     """
-    joined = joined or Joined(connect(alone=True), Mesh())
     tuning = settings.tuning
+    if tuning.frugal:
+        runtime.small_command_graphs()
+    joined = joined or Joined(connect(alone=True), Mesh())
     with joined.world.first_alone():
         check_folder(tuning, resume)
     _check(settings, joined)

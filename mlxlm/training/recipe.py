@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from mlxlm import runtime
 from mlxlm.checkpoint import read_json, write_bytes_atomic
 from mlxlm.data import Source as TextSource
 from mlxlm.data import TokenReader, prepare
@@ -110,6 +111,8 @@ class Recipe:
         limit: bytes, default the machine's working set.  joined: the processes that share the work, each of which must
         have room for its part; "auto" is for one.  Raises MemoryPlanError.
         """
+        if self.values["memory"] == "auto" or self.settings.recompute_layers:
+            runtime.small_command_graphs()
         if joined is not None and not joined.alone:
             if self.values["memory"] == "auto":
                 raise UsageError("memory: auto chooses settings for one process; set them yourself under --mesh")

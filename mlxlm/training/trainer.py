@@ -50,6 +50,9 @@ class Trainer:
     gives the loss on the validation data and further numbers by name, of the weights in the model, instead of the
     task's own loss.  config: goes into checkpoints as it is.  communicator: other processes that train this model, a
     `mlxlm.distributed.Parallel`; their sources give them different rows, and the first of them reports.
+
+    To take little memory on CUDA, with layers that are computed again, MLX must be told before its first operation,
+    which this is too late for: see `mlxlm.runtime.small_command_graphs`. The commands do it.
     """
 
     def __init__(

@@ -146,3 +146,14 @@ def test_there_is_an_example_of_each_kind():
     assert {recipe.read(path)["objective"]["name"] for path in EXAMPLES} == {
         "causal", "masked", "span-corruption", "blank-infilling",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "frugal"),
+    [({}, False), ({"training__recompute_layers": -1}, True), ({"memory": "auto"}, True), ({"memory": False}, False)],
+)
+def test_a_frugal_run_asks_for_small_command_graphs(changes, frugal, monkeypatch):
+    asked = []
+    monkeypatch.setattr(recipe.runtime, "small_command_graphs", lambda: asked.append(True))
+    recipe.check(values(**changes)).fitted()
+    assert bool(asked) == frugal

@@ -179,7 +179,10 @@ def child(text: str) -> None:
     """Measure one job in this process and print the figures as the last line."""
     job = json.loads(text)
     if job["who"] == "mlxlm":
-        import mlxlm  # noqa: F401  before mlx, so that a fast BLAS can be loaded
+        import mlxlm  # before mlx, so that a fast BLAS can be loaded
+
+        if job["recompute"]:
+            mlxlm.runtime.small_command_graphs()  # as the commands do for such runs
     if job["memory_limit"]:
         import mlx.core as mx
 

@@ -311,6 +311,8 @@ def prepare(settings: FinetuneSettings, *, resume: bool = False, say: Say = prin
     joined: processes that share model and rows, see `Run`.
     Raises an error of `mlxlm.errors` for what can't work, before anything takes long.
     """
+    if settings.frugal:
+        runtime.small_command_graphs()
     joined = joined or Joined(connect(alone=True), Mesh())
     with joined.world.first_alone():
         check_folder(settings, resume)

@@ -158,6 +158,11 @@ class FinetuneSettings:
         demands["valid_fraction"] = (0 <= self.valid_fraction < 1, "a number from 0 to below 1")
         return demands
 
+    @property
+    def frugal(self) -> bool:
+        """Whether a run is to take little memory rather than little time."""
+        return self.grad_checkpoint or self.recompute_layers != 0 or self.memory in ("auto", "low")
+
     def peft_method(self) -> Method:
         """The method with its settings. Raises UsageError for settings that it doesn't have, or of a wrong value."""
         kind = METHODS[self.method]

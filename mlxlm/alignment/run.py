@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 SETTINGS, BEFORE, RESULTS = "align.yaml", "before.json", "results.json"
 _EVALUATIONS = 10  # of a run, unless told otherwise
+_LEAST_APART = 10  # steps between evaluations, unless told otherwise
 _ITERATIONS = 50  # of rollouts, unless told otherwise
 
 
@@ -123,7 +124,9 @@ class Run:
             steps = math.ceil(_ITERATIONS * batches / wanted.grad_accumulation_steps)
         elif steps is None:
             steps = math.ceil(self.source.num_batches(wanted.epochs or 1) / wanted.grad_accumulation_steps)
-        every = math.ceil(steps / _EVALUATIONS) if wanted.steps_per_eval is None else wanted.steps_per_eval
+        every = wanted.steps_per_eval
+        if every is None:
+            every = min(max(math.ceil(steps / _EVALUATIONS), _LEAST_APART), steps)
         wanted, validated = replace(wanted, learning_rate=settings.rate), self.valid is not None
         return train_settings(wanted, steps, every if validated else 0, validated=validated)
 

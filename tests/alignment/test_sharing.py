@@ -25,7 +25,7 @@ def data(tmp_path):
 
 @pytest.mark.parametrize(
     "methods",
-    [("dpo", "kto", "grpo"), pytest.param(("reward", "dr-grpo", "ppo"), marks=pytest.mark.slow)],
+    [("dpo", "grpo"), pytest.param(("reward", "kto", "dr-grpo", "ppo"), marks=pytest.mark.slow)],
     ids=lambda methods: "-".join(methods),
 )
 def test_two_processes_make_of_a_run_what_one_does(tiny_directory, data, tmp_path, methods):

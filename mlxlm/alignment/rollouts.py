@@ -69,6 +69,7 @@ class RolloutSource:
         self.rollouts: list[Rollout] = []
         self._plain: list[dict[str, Any]] = []
         self._order: list[list[int]] = []
+        self._shuffled: tuple[int, np.ndarray] = (-1, np.array([]))  # an epoch and its order of prompts
         self.numbers: dict[str, float] = {}
 
     def next(self) -> Batch:
@@ -109,8 +110,10 @@ class RolloutSource:
         chosen = []
         for _ in range(count):
             self.epoch, place = divmod(self._next_prompt, len(self.prompts))
-            order = np.random.default_rng((self.settings.tuning.seed, 3, self.epoch)).permutation(len(self.prompts))
-            chosen.append(int(order[place]))
+            if self._shuffled[0] != self.epoch:
+                rng = np.random.default_rng((self.settings.tuning.seed, 3, self.epoch))
+                self._shuffled = self.epoch, rng.permutation(len(self.prompts))
+            chosen.append(int(self._shuffled[1][place]))
             self._next_prompt += 1
         return chosen
 

@@ -143,24 +143,14 @@ def killed_at_random(folder, steps, kills, seconds, rng):
     return folders
 
 
-def test_a_run_killed_at_a_random_moment_is_ended_by_another_process_as_if_it_was_not(tmp_path):
-    """One moment of the clock; in the slow test below there are 20."""
-    begun = time.perf_counter()
-    whole = uninterrupted(30, tmp_path / "whole")
-    seconds = time.perf_counter() - begun
-    for folder in killed_at_random(tmp_path, 30, 1, seconds, random.Random(1)):
-        assert same(whole, end(folder, 30))
-        assert metrics_of(folder) == metrics_of(tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_20_moments_of_the_clock_ends_as_if_it_was_not(tmp_path):
+@pytest.mark.parametrize(("steps", "kills"), [(30, 1), pytest.param(200, 20, marks=pytest.mark.slow)])
+def test_a_run_killed_at_moments_of_the_clock_is_ended_by_another_process_as_if_it_was_not(steps, kills, tmp_path):
     """Anywhere in it, whatever it was doing: in a step, in MLX, while it wrote, read or evaluated."""
     begun = time.perf_counter()
-    whole = uninterrupted(200, tmp_path / "whole")
+    whole = uninterrupted(steps, tmp_path / "whole")
     seconds = time.perf_counter() - begun
-    for folder in killed_at_random(tmp_path, 200, 20, seconds, random.Random(11)):
-        assert same(whole, end(folder, 200))
+    for folder in killed_at_random(tmp_path, steps, kills, seconds, random.Random(1)):
+        assert same(whole, end(folder, steps))
         assert metrics_of(folder) == metrics_of(tmp_path / "whole")
 
 

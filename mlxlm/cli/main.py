@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from mlxlm.cli.align import align
 from mlxlm.cli.cache_prompt import cache_prompt
@@ -27,11 +29,45 @@ from mlxlm.cli.plot import plot
 from mlxlm.cli.pretrain import pretrain
 from mlxlm.cli.serve import serve
 from mlxlm.cli.tokenizer import tokenizer
-from mlxlm.errors import MlxlmError
+from mlxlm.errors import MlxlmError, UsageError
 from mlxlm.version import __version__
+
+# typer's own or click's, by the version of typer.
+_ParserError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
+class _Verbs(TyperGroup):
+    """Says what the parser of flags refuses as every other mistake is said: in one line."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """The context of all verbs. Raises UsageError for unknown flags before the verb."""
+        try:
+            return super().make_context(*arguments, **options)
+        except _ParserError as error:
+            raise _one_line(error) from error
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs a verb. Raises UsageError for an unknown verb, and for unknown, missing or misspelt flags of it."""
+        try:
+            return super().invoke(ctx)
+        except _ParserError as error:
+            raise _one_line(error) from error
+
+
+def _one_line(error: Any) -> Exception:
+    """A mistake as the parser says it ("No such option: --promt Did you mean --prompt?") and where help is. A verb
+    without arguments stays what it is: a wish for help.
+    """
+    if type(error).__name__ == "NoArgsIsHelpError":
+        return error
+    text = " ".join(error.format_message().split()).rstrip(".")
+    place = f" ({error.ctx.command_path} --help lists what there is)" if getattr(error, "ctx", None) else ""
+    return UsageError(f"{text[:1].lower()}{text[1:]}{place}")
+
 
 app = typer.Typer(
     name="mlxlm",
+    cls=_Verbs,
     help="Run, fine-tune, pretrain and study Transformers on Apple's MLX. Results go to stdout, the rest to stderr.",
     no_args_is_help=True,
     add_completion=False,
@@ -79,7 +115,7 @@ def run() -> None:
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     try:
-        app(args=[argument for argument in arguments if argument != "--debug"])
+        app(args=[argument for argument in arguments if argument != "--debug"], prog_name="mlxlm")
     except MlxlmError as error:
         if debug:
             traceback.print_exc()

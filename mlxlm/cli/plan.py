@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,10 +11,11 @@ import typer
 
 if TYPE_CHECKING:
     from mlxlm.models import Transformer
+    from mlxlm.models.config import TransformerConfig
 
 
 def plan(
-    model: Annotated[str, typer.Option("--model", help="Checkpoint directory, hub id, or a config.json alone.")],
+    model: Annotated[str, typer.Option("--model", help="Checkpoint directory, .gguf file, hub id or config.json.")],
     method: Annotated[str, typer.Option(help="How it is trained: full, lora, dora, qlora, ia3 ...")] = "full",
     rank: Annotated[int | None, typer.Option(help="Rank of low-rank adapters, default the method's.")] = None,
     targets: Annotated[
@@ -84,26 +86,18 @@ def plan(
 
 
 def _built(model: str, bits: int | None) -> Transformer:
-    """The model of a checkpoint directory, hub id or config.json; no weights are read, and none are computed."""
+    """The model of a checkpoint directory, .gguf file, hub id or config.json; no weights are read or computed."""
     from mlx import nn
 
     from mlxlm import runtime
-    from mlxlm.checkpoint import read_json, resolve_model
     from mlxlm.errors import UsageError
     from mlxlm.models import Transformer
-    from mlxlm.models.families import family_of
 
-    path = Path(model)
-    if path.suffix == ".gguf":
-        raise UsageError("plan reads a config.json, and a GGUF file has none: convert it first (mlxlm convert)")
-    if path.suffix != ".json":
-        path = Path(resolve_model(model)) / "config.json"
-    values = read_json(path)
-    built = Transformer(family_of(values).read_config(values))
-    form: dict[str, Any] = values.get("quantization") or {}
-    if bits is None and (not form or runtime.backend() == "cpu"):  # on the CPU quantized weights are loaded as floats
+    config, form = _described(model)
+    built = Transformer(config)
+    if bits is None and (form is None or runtime.backend() == "cpu"):  # on the CPU weights are loaded as floats
         return built
-    bits, group = bits or form["bits"], form.get("group_size", 64)
+    bits, group = bits or form[0], form[1] if form else 64
     if bits not in (2, 3, 4, 5, 6, 8):
         raise UsageError(f"--quantized is {bits}; expected 2, 3, 4, 5, 6 or 8 bits")
     nn.quantize(
@@ -111,6 +105,24 @@ def _built(model: str, bits: int | None) -> Transformer:
         class_predicate=lambda name, module: hasattr(module, "to_quantized") and module.weight.shape[-1] % group == 0,
     )  # fmt: skip
     return built
+
+
+def _described(model: str) -> tuple[TransformerConfig, tuple[int, int] | None]:
+    """Its config, and (bits, group size) of most of its weights, None where they are floats."""
+    from mlxlm.checkpoint import read_json, resolve_model
+    from mlxlm.models.families import family_of
+    from mlxlm.models.loading import open_model
+
+    path = Path(model)
+    if path.suffix != ".json":
+        path = Path(resolve_model(model))
+    if path.suffix.lower() == ".gguf":
+        opened = open_model(path)
+        forms = Counter((form.bits, form.group_size) for form in opened.quantizations.values())
+        return opened.source.config, max(forms, key=forms.__getitem__, default=None)
+    values = read_json(path if path.suffix == ".json" else path / "config.json")
+    form: dict[str, Any] = values.get("quantization") or {}
+    return family_of(values).read_config(values), (form["bits"], form.get("group_size", 64)) if form else None
 
 
 def _adapted(network: Transformer, method: str, **given: Any) -> Transformer:

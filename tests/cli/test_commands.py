@@ -245,3 +245,22 @@ def test_output_to_a_device_or_a_link_is_written_and_not_replaced(mlxlm_command,
 
 def test_errors_can_be_caught_by_their_public_name():
     assert mlxlm.errors.MlxlmError.__mro__[1] is ValueError
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("genrate",), "no such command 'genrate'"),
+        (("generate", "--promt", "hi"), "no such option: --promt"),
+        (("generate",), "missing option '--prompt'"),
+        (("plan", "--model", "x", "--batch-size", "many"), "valid integer"),
+        (("tokenizer", "encode", "--nonsense"), "(mlxlm tokenizer encode --help lists what there is)"),
+        (("--nonsense", "plan"), "no such option: --nonsense"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,
+)
+def test_what_the_parser_refuses_is_one_line_too(mlxlm_command, words, text):
+    status, out, err = mlxlm_command(*words)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: ")
+    assert text in err.lower()

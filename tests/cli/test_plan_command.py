@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
+
+from mlxlm.models.loading import open_model
 
 CONFIG = {
     "model_type": "llama", "vocab_size": 2000, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3,
@@ -71,6 +74,21 @@ def test_a_step_that_cannot_fit_is_status_2_with_what_would(plan):
     status, parts, err = plan("--batch-size", 64, "--limit-gb", 0.1)
     assert (status, parts["peak"] > 1e8) == (2, True)
     assert re.search(r"--batch-size \d+ --grad-accumulation-steps \d+ --recompute-layers \d .*would fit", err)
+
+
+def test_a_gguf_file_is_planned_by_its_header(mlxlm_command, tmp_path):
+    source = Path(__file__).parent.parent / "fixtures" / "gguf" / "qwen3.gguf"
+    values = dict(open_model(source).source.values)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    flags = ("--max-seq-length", 16, "--limit-gb", 1)
+    status, out, err = mlxlm_command("plan", "--model", source, *flags)
+    assert (status, err) == (0, "")
+    assert out == mlxlm_command("plan", "--model", tmp_path / "config.json", *flags)[1]
+
+
+def test_the_largest_batch_of_an_endless_memory_is_found_at_once(plan):
+    status, parts, _ = plan("--limit-gb", 1e9)  # a search that lists what attention does would take hours
+    assert (status, parts["peak"] > 0) == (0, True)
 
 
 @pytest.mark.parametrize(

@@ -36,16 +36,22 @@ def head_groups(problem: AttentionProblem, device: DeviceProfile, scores_alive: 
 
     scores_alive: how many arrays of the size of a block's scores exist at once.
     """
-    B, K = problem.batch, problem.kv_heads
+    batch, heads, part = _largest_group(problem, device, scores_alive)
+    groups = [(b, h) for b in ranges(problem.batch, batch) for h in ranges(problem.kv_heads, heads)]
+    blocks = row_blocks(part, device, scores_alive, max(1, device.most_blocks // len(groups)))
+    return [HeadGroup(batch=b, heads=h, rows=blocks) for b, h in groups]
+
+
+def _largest_group(
+    problem: AttentionProblem, device: DeviceProfile, scores_alive: int
+) -> tuple[int, int, AttentionProblem]:
+    """Rows of the batch and key heads of a group of heads, and the problem that it is."""
     rows = min(problem.query_length, device.block_rows)
-    batch, heads = B, K
+    batch, heads = problem.batch, problem.kv_heads
     budget = block_budget(problem, device)
     while (batch > 1 or heads > 1) and _block_bytes(problem, batch, heads, rows, scores_alive) > budget:
         batch, heads = ((batch + 1) // 2, heads) if batch > 1 else (1, (heads + 1) // 2)
-    groups = [(b, h) for b in ranges(B, batch) for h in ranges(K, heads)]
-    part = replace(problem, batch=batch, heads=heads * problem.group, kv_heads=heads)
-    blocks = row_blocks(part, device, scores_alive, max(1, device.most_blocks // len(groups)))
-    return [HeadGroup(batch=b, heads=h, rows=blocks) for b, h in groups]
+    return batch, heads, replace(problem, batch=batch, heads=heads * problem.group, kv_heads=heads)
 
 
 def row_blocks(problem: AttentionProblem, device: DeviceProfile, scores_alive: int, most_blocks: int) -> list[Range]:
@@ -92,12 +98,14 @@ def planned_bytes(problem: AttentionProblem, device: DeviceProfile, *, waiting: 
     saved = queries * (2 * problem.value_dim * item + 3 * 4)  # output, its gradient; log-sum-exp, its gradient, delta
     # Gradients of groups of heads, and those put together; within a group those of keys and values are float32 sums.
     gradients = 2 * item * (queries * problem.head_dim + keys * (problem.head_dim + problem.value_dim))
-    groups = head_groups(problem, device, SCORES_ALIVE)
-    sums = 8 * keys * (problem.head_dim + problem.value_dim) // len(groups)
+    # Counted, not listed: whoever looks for the largest batch that fits asks about millions of groups.
+    batch, kv_heads, part = _largest_group(problem, device, SCORES_ALIVE)
+    groups = -(-problem.batch // batch) * -(-problem.kv_heads // kv_heads)
+    sums = 8 * keys * (problem.head_dim + problem.value_dim) // groups
     if problem.relative_bias:
         sums += 2 * 4 * problem.heads * (problem.query_length + problem.key_length)
-    heads = (groups[0].batch[1] - groups[0].batch[0]) * (groups[0].heads[1] - groups[0].heads[0]) * problem.group
-    rows = groups[0].rows[0][1]
+    heads = batch * kv_heads * problem.group
+    rows = row_blocks(part, device, SCORES_ALIVE, max(1, device.most_blocks // groups))[0][1]
     # Where the number of blocks is bounded they outgrow their budget: one that runs and the next must still fit.
     two_blocks = 2 * item * SCORES_ALIVE * heads * rows * problem.widest_range(rows)
     scores = 4 * SCORES_ALIVE * queries * problem.widest_range(min(problem.query_length, device.block_rows))

@@ -30,7 +30,7 @@ def align(folder: Path, values: dict[str, Any], title: str, resume: bool = False
     try:
         draw(target, folder / "curves.png", title)
     except ImportError:
-        print('no picture: matplotlib is missing, pip install "mlxlm-kit[plot]"', file=sys.stderr)
+        print("no picture: matplotlib is missing, pip install matplotlib", file=sys.stderr)
     return outcome
 
 

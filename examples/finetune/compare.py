@@ -6,7 +6,7 @@
 
 The second runs every method that has no result yet, and goes on with one that was interrupted. What follows -- goes to
 mlxlm finetune. Each method runs by its own file, in a process of its own, so that its peak memory is its own. Prints a
-table and writes runs/finetune/compare.png (needs matplotlib: pip install "mlxlm-kit[plot]").
+table and writes runs/finetune/compare.png (needs matplotlib: pip install matplotlib).
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def main() -> None:
         draw(found, options.output / "compare.png")
         print(f"the picture is {options.output / 'compare.png'}", file=sys.stderr)
     except ImportError:
-        print('no picture: matplotlib is missing, pip install "mlxlm-kit[plot]"', file=sys.stderr)
+        print("no picture: matplotlib is missing, pip install matplotlib", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def schema(path: str) -> Callable[[Answered], float]:
     try:
         import jsonschema
     except ImportError:
-        raise UsageError('json-schema needs the package jsonschema: pip install "mlxlm-kit[align]"') from None
+        raise UsageError("json-schema needs the package jsonschema: pip install jsonschema") from None
     wanted = read_json(Path(path).expanduser())
     kind = jsonschema.validators.validator_for(wanted)
     try:

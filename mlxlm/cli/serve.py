@@ -83,7 +83,7 @@ def _check_installed() -> None:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ModuleNotFoundError as error:
-        raise UsageError(f"serve needs {error.name}: pip install 'mlxlm-kit[serve]'") from None
+        raise UsageError(f"serve needs {error.name}: pip install starlette uvicorn anyio") from None
 
 
 def served_name(model: str) -> str:

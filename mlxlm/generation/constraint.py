@@ -208,7 +208,7 @@ def _library() -> type[LLMatcher]:
     try:
         from llguidance import LLMatcher
     except ModuleNotFoundError:
-        raise UsageError("constrained answers need llguidance: pip install 'mlxlm-kit[constrain]'") from None
+        raise UsageError("constrained answers need llguidance: pip install llguidance") from None
     return LLMatcher
 
 

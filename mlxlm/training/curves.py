@@ -74,9 +74,7 @@ def plot_images(runs: Sequence[Run], folder: str | Path) -> list[Path]:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise UsageError(
-            'PNG files need matplotlib: pip install "mlxlm-kit[plot]" (the HTML page needs nothing)'
-        ) from None
+        raise UsageError("PNG files need matplotlib: pip install matplotlib (the HTML page needs nothing)") from None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = []

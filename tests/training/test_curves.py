@@ -63,7 +63,7 @@ def test_ticks_are_round_and_cover_the_range(ends):
 
 
 def test_images_show_every_run_in_its_colour(runs, tmp_path):
-    matplotlib = pytest.importorskip("matplotlib", reason="PNG files need matplotlib: pip install mlxlm-kit[plot]")
+    matplotlib = pytest.importorskip("matplotlib", reason="PNG files need matplotlib: pip install matplotlib")
     from matplotlib.image import imread
 
     files = plot_images(read_runs(runs), tmp_path / "png")

@@ -30,9 +30,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import httpx
-import mlx.core as mx
 
-import mlxlm  # before mlx.core, so that a fast BLAS can be loaded
+import mlxlm  # before mlx.core, which is imported below where it is used, so that a fast BLAS can be loaded
 from mlxlm.server import ServerSettings, Service
 from mlxlm.server.running import listen, make_server
 
@@ -269,6 +268,8 @@ def run(model, tokenizer, *, requests: int, at_once: int, tokens: int, prompts: 
 
 def figures() -> tuple[float, float]:
     """MB of the process and of MLX's arrays, once what can be freed is freed."""
+    import mlx.core as mx
+
     gc.collect()
     mx.clear_cache()
     return resident(), mx.get_active_memory() / 1e6

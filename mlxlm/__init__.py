@@ -12,6 +12,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mlxlm import interruption  # noqa: F401  first: what follows takes its time
 from mlxlm.runtime import load_blas
 from mlxlm.version import __version__
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from mlxlm.interruption import SAID
+
 
 def main() -> None:
     """Run the command, see `mlxlm.cli.main.run`."""
@@ -12,7 +14,7 @@ def main() -> None:
 
         run()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print(SAID, file=sys.stderr)
         sys.exit(130)
 
 

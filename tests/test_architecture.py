@@ -15,6 +15,7 @@ IDS = [str(path.relative_to(PACKAGE)) for path in FILES]
 # A package imports only from lower floors, or from itself.
 FLOORS = {
     "errors": 0,
+    "interruption": 0,
     "runtime": 0,
     "version": 0,
     "kernels": 1,

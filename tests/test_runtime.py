@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
 import mlxlm
-from mlxlm import runtime
+from mlxlm import interruption, runtime
 
 
 def python(code, **environment):
@@ -113,3 +114,23 @@ def test_macos_needs_no_small_command_graphs(monkeypatch):
     monkeypatch.delenv("MLX_MAX_MB_PER_BUFFER", raising=False)
     assert runtime.small_command_graphs()
     assert "MLX_MAX_MB_PER_BUFFER" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("program", "wanted"),
+    [("-m", True), ("/usr/bin/mlxlm", True), ("C:\\bin\\mlxlm.exe", True), ("mlxlm.py", False), ("", False)],
+)
+def test_only_the_command_says_of_ctrl_c_in_one_line(program, wanted):
+    assert interruption.is_command(program) == wanted
+
+
+@pytest.mark.parametrize(("name", "lines"), [("mlxlm", 1), ("other.py", 4)])
+def test_ctrl_c_while_the_package_is_imported(tmp_path, name, lines):
+    (tmp_path / name).write_text("import mlxlm\nraise KeyboardInterrupt\n")
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(mlxlm.__file__))}
+    result = subprocess.run(
+        [sys.executable, tmp_path / name], capture_output=True, text=True, timeout=60, env=environment
+    )
+    assert result.returncode in (130, -signal.SIGINT)
+    assert len(result.stderr.splitlines()) == lines, result.stderr
+    assert ("interrupted" in result.stderr) == (name == "mlxlm")

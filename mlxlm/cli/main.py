@@ -30,6 +30,7 @@ from mlxlm.cli.pretrain import pretrain
 from mlxlm.cli.serve import serve
 from mlxlm.cli.tokenizer import tokenizer
 from mlxlm.errors import MlxlmError, UsageError
+from mlxlm.interruption import SAID
 from mlxlm.version import __version__
 
 # typer's own or click's, by the version of typer.
@@ -124,7 +125,7 @@ def run() -> None:
     except SystemExit as stop:
         # typer makes a silent exit of Ctrl-C.
         if isinstance(getattr(stop.__context__, "__cause__", None), KeyboardInterrupt):
-            print("interrupted", file=sys.stderr)
+            print(SAID, file=sys.stderr)
         raise
     except UnicodeError as error:
         print(f"error: text that can't be read or written in this encoding: {error}", file=sys.stderr)

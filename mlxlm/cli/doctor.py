@@ -34,7 +34,7 @@ def doctor(
     if tune != (model is not None):
         raise UsageError("--tune and --model go together: the shapes that are timed are those of a model")
     machine()
-    failed = [] if skip_check else [*check_attention(), *check_norms(), *check_one_token()]
+    failed = [] if skip_check else [*check_attention(), *check_one_token(), *check_norms()]
     if tune:
         _tune(str(model))
     if failed:

@@ -63,3 +63,19 @@ def test_an_error_that_comes_and_goes_is_found(monkeypatch):
     monkeypatch.setattr(mx.fast, "layer_norm", sometimes)
     (check,) = norm_check.run((norm_check.CASES[0],))
     assert check.problem
+
+
+def test_a_case_that_mlx_does_not_survive_is_named_and_the_last(monkeypatch):
+    real = norm_check._results
+
+    def results(case, given):
+        if case.width == 300:
+            raise RuntimeError("an illegal memory\naccess was encountered")
+        return real(case, given)
+
+    monkeypatch.setattr(norm_check, "_results", results)
+    *good, last = norm_check.run()
+    assert good
+    assert not any(check.problem for check in good)
+    assert last.case == "width 300 float16"
+    assert last.problem == "an illegal memory access was encountered; the cases after it were left out"

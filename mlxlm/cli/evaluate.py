@@ -114,8 +114,9 @@ def _evaluate_tasks(
     tasks: str, model: str, loading: dict[str, Any], sizes: dict[str, Any], wanted: dict[str, Any], group: Joined
 ) -> None:
     """Measure tasks of lm_eval, in all processes of a group together, and print what the first found."""
-    from mlxlm.generation import Requests, run_harness
+    from mlxlm.generation import Requests, check_harness, run_harness
 
+    check_harness()  # before the model is read
     start = time.perf_counter()
     network, tokenizer = opt.load(model, **loading, group=group)
     names = [name.strip() for name in tasks.split(",") if name.strip()]

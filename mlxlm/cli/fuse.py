@@ -19,7 +19,9 @@ def fuse(
             help="The adapter to merge; several, as FOLDER=WEIGHT, are added up.",
         ),
     ],
-    save_path: Annotated[str, typer.Option("--save-path", metavar="FOLDER", help="Where the fused model goes.")],
+    save_path: Annotated[
+        str, typer.Option("--save-path", "--output", "-o", metavar="FOLDER", help="Where the fused model goes.")
+    ],
     model: opt.ModelOrShipped = None,
     requantize: Annotated[
         bool,

@@ -14,7 +14,7 @@ from mlxlm.generation.engine import Engine, EngineBusyError, EngineStatistics, H
 from mlxlm.generation.evaluation import EvaluationSettings, RowScores, as_predictions, evaluate_rows
 from mlxlm.generation.fill_mask import Candidate, fill_mask
 from mlxlm.generation.guidance import Guidance
-from mlxlm.generation.harness import Requests, harness_model, run_harness
+from mlxlm.generation.harness import Requests, check_harness, harness_model, run_harness
 from mlxlm.generation.label_scores import ClassScores, LabelScores, entities, score_labels
 from mlxlm.generation.penalties import CountPenalties
 from mlxlm.generation.perplexity import TextScores, perplexity
@@ -63,6 +63,7 @@ __all__ = [
     "batch_generate",
     "beam_search",
     "best_of",
+    "check_harness",
     "classify",
     "embed",
     "entities",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from mlxlm.data import Example
@@ -190,6 +192,12 @@ def run_harness(
     except (ValueError, OSError, ConnectionError) as error:
         raise UsageError(f"lm_eval can't run {listing(tasks)}: {error}") from None
     return found["results"]
+
+
+def check_harness() -> None:
+    """Raises UsageError without lm_eval; does not import it, which takes seconds."""
+    if "lm_eval" not in sys.modules and find_spec("lm_eval") is None:
+        raise UsageError("tasks of the evaluation harness need lm_eval: pip install lm_eval")
 
 
 def _import() -> Any:

@@ -120,6 +120,8 @@ def _names(folders: Sequence[Path]) -> list[str]:
 def _check_folder(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():
         return
+    if not folder.is_dir():
+        raise ModelNotFoundError(f"no such folder: {folder} (of an adapter)")
     whole = (folder / "config.json").is_file()
     hint = "; it holds a whole model, which needs no adapter: give it as the model" if whole else ""
     raise ModelNotFoundError(f"{folder} holds no adapter: there is no adapter_config.json{hint}")

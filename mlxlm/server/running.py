@@ -60,7 +60,7 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError, UnicodeError) as error:
         found.close()
         reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"can't listen on {host} port {port}: {reason}") from None
+        raise UsageError(f"can't listen on {host} port {port}: {reason}; port 0 takes any free one") from None
     return found
 
 

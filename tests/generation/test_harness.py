@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlxlm.errors import PromptError, UnsupportedModelError, UsageError
-from mlxlm.generation import Requests, generate, harness_model, run_harness
+from mlxlm.generation import Requests, check_harness, generate, harness_model, run_harness
 
 
 def log_softmax(logits):
@@ -105,6 +105,15 @@ def test_mistakes_are_told(tiny, tiny_bert, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UsageError, match="pip install lm_eval"):
         run_harness(Requests(*tiny), ["toy"])
+
+
+def test_a_missing_harness_is_told_before_a_model_is_read(monkeypatch):
+    monkeypatch.setattr("mlxlm.generation.harness.find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "lm_eval", raising=False)
+    with pytest.raises(UsageError, match="pip install lm_eval"):
+        check_harness()
+    monkeypatch.setattr("mlxlm.generation.harness.find_spec", lambda name: object())
+    check_harness()
 
 
 def stub():

@@ -143,7 +143,7 @@ def test_settings_and_ports_are_checked():
         with pytest.raises(UsageError):
             ServerSettings(name="x", **wrong)
     assert "secret-key" not in repr(ServerSettings(name="x", api_key="secret-key"))
-    with listen("127.0.0.1", 0) as taken, pytest.raises(UsageError, match="can't listen"):
+    with listen("127.0.0.1", 0) as taken, pytest.raises(UsageError, match=r"can't listen.*port 0 takes"):
         listen("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(UsageError, match="can't listen"):
         listen("no.such.host.invalid", 1)

@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlxlm.distributed.apart import apart
 from mlxlm.distributed.buckets import summed
 from mlxlm.distributed.communicator import Comm
 from mlxlm.distributed.mesh import Mesh
@@ -91,6 +92,14 @@ class Parallel:
                 self.pieces[name] = shard_piece(self.data, self.pieces[name])
             if model._stored is not None:
                 model._stored.finish(model)
+            for stack in (getattr(model, name, None) for name in ("encoder", "decoder")):
+                if stack is not None and not (self.data.lazy and self.tensor.lazy):
+                    stack._aside = apart
+
+    @property
+    def compiles(self) -> bool:
+        """See `Communicator`: over NCCL compiled steps were not seen to end, so there they must be asked for."""
+        return self.world.backend != "nccl"
 
     @property
     def lazy(self) -> bool:

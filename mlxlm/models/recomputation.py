@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -13,13 +14,19 @@ from mlx.utils import tree_flatten, tree_unflatten
 Function = Callable[..., mx.array]
 
 
-def recomputed(function: Function) -> Function:
+# Runs a function of arrays on copies of them, where nothing is being differentiated, and gives what it made, evaluated.
+Aside = Callable[[Callable[..., list[mx.array]], Sequence[mx.array]], list[mx.array]]
+
+
+def recomputed(function: Function, aside: Aside | None = None) -> Function:
     """`function` of trees of arrays (None for what is missing), of which nothing but the arguments is kept for the
     gradients (Chen et al. 2016, arXiv:1604.06174). All that gradients flow to must be an argument.
 
     Unlike `mx.checkpoint` it hands no gradient on before all of them are made. Otherwise those of weights, for which
     nothing in the backward pass waits, are put off to its end, and what they need of every layer stays alive until
     then: with low-rank adapters an array of the feed-forward's width for each layer.
+
+    aside: what runs it and its gradients, by themselves, where it evaluates arrays on the way, which otherwise stay.
     """
 
     def call(*arguments: Any) -> mx.array:
@@ -34,14 +41,24 @@ def recomputed(function: Function) -> Function:
 
         @mx.custom_function
         def run(*arrays: mx.array) -> mx.array:
-            return flat(arrays)
+            return flat(arrays) if aside is None else aside(lambda *copies: [flat(copies)], arrays)[0]
 
         @run.vjp
         def run_vjp(arrays: Any, cotangent: mx.array, _: mx.array) -> Any:
             arrays = [arrays] if isinstance(arrays, mx.array) else list(arrays)
-            # Not before the gradient of the result is there.
-            arrays = mx.depends(arrays, [cotangent])
             smooth = [i for i, array in enumerate(arrays) if mx.issubdtype(array.dtype, mx.floating)]
+            if aside is None:
+                gradients = gradients_of(smooth, arrays, cotangent)
+            else:
+                gradients = aside(lambda *copies: gradients_of(smooth, copies[:-1], copies[-1]), [*arrays, cotangent])
+            all_of_them = [mx.zeros_like(array) for array in arrays]
+            for i, gradient in zip(smooth, gradients, strict=True):
+                all_of_them[i] = gradient
+            return all_of_them[0] if len(all_of_them) == 1 else tuple(all_of_them)
+
+        def gradients_of(smooth: Sequence[int], arrays: Sequence[mx.array], cotangent: mx.array) -> list[mx.array]:
+            # Not before the gradient of the result is there.
+            arrays = mx.depends(list(arrays), [cotangent])
 
             def of_smooth(*given: mx.array) -> mx.array:
                 whole = list(arrays)
@@ -50,11 +67,7 @@ def recomputed(function: Function) -> Function:
                 return flat(whole)
 
             _, gradients = mx.vjp(of_smooth, [arrays[i] for i in smooth], [cotangent])
-            gradients = mx.depends(gradients, gradients)
-            all_of_them = [mx.zeros_like(array) for array in arrays]
-            for i, gradient in zip(smooth, gradients, strict=True):
-                all_of_them[i] = gradient
-            return all_of_them[0] if len(all_of_them) == 1 else tuple(all_of_them)
+            return mx.depends(gradients, gradients)
 
         return run(*(leaf for _, leaf in leaves))
 
@@ -85,3 +98,15 @@ def chance(key: mx.array | None) -> Iterator[None]:
     before, state[:] = mx.array(state), mx.stop_gradient(key)
     yield
     state[:] = before
+
+
+def arrays_within(thing: Any) -> Iterator[mx.array]:
+    """All arrays in a module, those that are no parameters among them, or in a tree of dataclasses."""
+    if isinstance(thing, mx.array):
+        yield thing
+    elif isinstance(thing, nn.Module):
+        for module in thing.modules():
+            yield from (value for value in module.values() if isinstance(value, mx.array))
+    elif is_dataclass(thing):
+        for field in fields(thing):
+            yield from arrays_within(getattr(thing, field.name))

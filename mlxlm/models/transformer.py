@@ -24,7 +24,7 @@ from mlxlm.layers import (
 from mlxlm.layers.virtual import StackName
 from mlxlm.models.config import StackSpec, TransformerConfig
 from mlxlm.models.heads import SequenceHeadSpec
-from mlxlm.models.recomputation import chance, drawn_key, recomputed
+from mlxlm.models.recomputation import Aside, arrays_within, chance, drawn_key, recomputed
 from mlxlm.models.stored_weights import StoredWeights
 
 
@@ -41,6 +41,8 @@ class Stack(nn.Module):
             self.positions = spec.positions.build()
         # How many of the first layers are computed again for their gradients instead of kept. No parameter to mlx.nn.
         self._recomputed = 0
+        # What such layers run in, see `recomputed`.
+        self._aside: Aside | None = None
 
     def __call__(
         self,
@@ -98,7 +100,11 @@ class Stack(nn.Module):
         key = drawn_key(layer)
         common = {} if shared is None else shared.trainable_parameters()
         own = layer.trainable_parameters()
-        y = recomputed(run)(own, common, x, memory, prefix, key)
+        aside = self._aside if key is None else None
+        if aside is not None:
+            # What it reads beside its arguments must be there: it is not computed where the layer runs.
+            mx.eval([*arrays_within(scope), *arrays_within(layer)])
+        y = recomputed(run, aside)(own, common, x, memory, prefix, key)
         # While its graph is made, the layer holds the arrays of that graph; outside it has its own.
         layer.update(own)
         if shared is not None:

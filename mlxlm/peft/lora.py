@@ -71,6 +71,9 @@ def add_low_rank(
         of_inner, of_y, of_weights = of_low_rank(x, lora_a, lora_b, cotangent)
         return of_inner @ lora_a, of_y, *of_weights
 
+    # The one that it has now: layers that processes share have it only while they run.
+    weight = None if base is None else base.weight
+
     @mx.custom_function
     def linear(x: mx.array, lora_a: mx.array, lora_b: mx.array) -> mx.array:
         return mx.addmm(base(x), _inner(x, lora_a.T, factor), lora_b.T)
@@ -78,7 +81,7 @@ def add_low_rank(
     @linear.vjp
     def linear_vjp(arrays: Sequence[mx.array], cotangent: mx.array, _: mx.array) -> Any:
         of_inner, of_y, of_weights = of_low_rank(*arrays, cotangent)
-        return mx.addmm(of_y @ base.weight, of_inner, arrays[1]), *of_weights
+        return mx.addmm(of_y @ weight, of_inner, arrays[1]), *of_weights
 
     rows = x.flatten(0, -2)
     found = linear(rows, lora_a, lora_b) if y is None else added(rows, y.flatten(0, -2), lora_a, lora_b)

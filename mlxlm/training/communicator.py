@@ -17,14 +17,16 @@ Arrays = dict[str, mx.array]
 class Communicator:
     """One process, which holds everything.
 
-    lazy: whether a step with its communication can be compiled.  recomputes: whether all layers must be computed again
-    for gradients.  sharded: whether what is kept of trained weights differs from what the model computes with.
+    lazy: whether a step with its communication can be compiled.  compiles: whether it is where nobody asks.
+    recomputes: whether all layers must be computed again for gradients.  sharded: whether what is kept of trained
+    weights differs from what the model computes with.
     alone: whether there is no other process, so that small weights may be kept joined and a step launched early.
     first: whether this process writes what is written once, and reports.  pipeline: the stages of the model, with
     `sums` and `loss`, where this process has only one of them.
     """
 
     lazy = True
+    compiles = True
     recomputes = False
     sharded = False
     alone = True

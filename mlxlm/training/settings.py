@@ -32,7 +32,7 @@ class TrainSettings:
     recompute_layers: layers of each stack whose activations are computed again instead of kept; default 0, -1 for all.
     cache_limit: bytes of freed buffers that MLX may keep for reuse while the run lasts, 0 for none; None, the default,
     leaves the limit as it is. Less memory, and slower the lower it is.
-    compile: the step, None for yes on a GPU.  seed: of dropout.
+    compile: the step, None for yes on a GPU, but not for several over NCCL.  seed: of dropout.
     evaluate_every, save_every, report_every: in steps; 0 for the end alone.  val_batches: of the validation data in an
     evaluation, the same ones each time, default 100, -1 for all.  best_by: by what the best weights are told, "loss"
     (the default, the lowest) or a measure that the task has besides, such as "accuracy" (the highest; of equal ones the

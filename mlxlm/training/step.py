@@ -89,7 +89,8 @@ class Step:
     def compiled(self) -> bool:
         """Whether the step becomes one compiled function."""
         wanted = self.settings.compile
-        return self.communicator.lazy and (runtime.backend() != "cpu" if wanted is None else wanted)
+        usual = runtime.backend() != "cpu" and self.communicator.compiles
+        return self.communicator.lazy and (usual if wanted is None else wanted)
 
     @property
     def parameters(self) -> Arrays:

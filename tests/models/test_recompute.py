@@ -122,7 +122,7 @@ def test_no_layer_keeps_its_activations_for_the_gradient_of_its_weights(monkeypa
     limit = mx.set_memory_limit(1)  # MLX then waits for each operation, so that the clock can't change a peak
     try:
         growth = (peak_of_adapters(8) - peak_of_adapters(2)) / array
-        monkeypatch.setattr(transformer, "recomputed", mx.checkpoint)
+        monkeypatch.setattr(transformer, "recomputed", lambda function, aside: mx.checkpoint(function))
         usual = (peak_of_adapters(8) - peak_of_adapters(2)) / array
     finally:
         mx.set_memory_limit(limit)

@@ -373,6 +373,20 @@ def test_a_short_run_is_evaluated_every_ten_steps(tiny_directory, tmp_path):
         assert prepare(made, say=lambda text: None).train_settings.evaluate_every == every
 
 
+def test_variables_reach_the_chat_template(tiny_directory, tmp_path):
+    from mlxlm.training.finetune import prepare
+
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    data = write(tmp_path / "data", train=[{"messages": turns}] * 4)
+    source = "{% for m in messages %}{{ mark }}{{ m.content }}{% endfor %}"
+    made = FinetuneSettings(
+        model=str(tiny_directory), data=str(data), adapter_path=str(tmp_path / "x"), loss_on="all",
+        chat_template_config={"chat_template": source, "mark": "wow"},
+    )  # fmt: skip
+    run = prepare(made, say=lambda text: None)
+    assert run.tokenizer.decode(run.examples.splits["train"][0].tokens).replace(" ", "").startswith("wowhiwowyo")
+
+
 def test_short_rows_are_hardly_padded_where_no_step_is_compiled(tiny_directory, tmp_path):
     from mlxlm import runtime
     from mlxlm.training.finetune import prepare

@@ -45,7 +45,8 @@ class Step:
 
     What the model marks as trainable is trained, whatever the method that chose it. The trained weights live here
     under their names, in float32 with `master_weights`; the model gets them back, and in its loss a copy in the dtype
-    to compute in. Frozen floating weights are converted to that dtype once; quantized ones stay as they are.
+    to compute in. Frozen floating weights are converted to that dtype once; quantized ones stay as they are. Where the
+    step is compiled small weights are kept joined, see `Packing`; `parameters`, `average` and `take` know none of it.
 
     Label smoothing and z-loss of the settings go into the task. Raises UsageError for a task that has none of them, or
     when nothing is trainable.

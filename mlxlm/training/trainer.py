@@ -33,11 +33,15 @@ Batch = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class _Begun:
-    """A step that was launched, the position of the source after its batches, and the tokens in them."""
+    """A step, perhaps only its graph so far.
 
-    outcome: Outcome
+    number: of steps before it.  position: of the source after its batches.  tokens: in them.
+    """
+
+    number: int
     position: Any
     tokens: int
+    outcome: Outcome
 
 
 class Trainer:
@@ -220,10 +224,13 @@ class Trainer:
                     raise DataError("the data has no batch to train on")
                 return "data"
             begun = self._begin(batches, progress.step) if ahead is None else ahead
-            # The next batches are made while the device works; and where nothing needs the weights of this step, the
-            # next step is launched too, so that the device never waits for it.
+            self._launch(begun)
+            # The next batches are made while the device works, and where nothing needs the weights of this step, the
+            # graph of the next one. Where there is room for two it is launched, so that the device never waits for it.
             batches = self._fetch() if progress.step + 1 < settings.steps else []
             ahead = self._begin(batches, progress.step + 1) if batches and self._goes_on(last) else None
+            if ahead is not None and 2 * mx.get_peak_memory() <= mx.get_memory_limit():
+                self._launch(ahead)
             with self.communicator.waiting(f"step {progress.step + 1}"):
                 self.step.evaluate_state() if ahead is None else mx.eval(vars(begun.outcome))
             tokens = self.communicator.total(begun.tokens)
@@ -249,12 +256,13 @@ class Trainer:
         return "done" if progress.step >= settings.steps else "until"
 
     def _begin(self, batches: list[Batch], number: int) -> _Begun:
-        """Launch the step after so many others. The source is at the end of its batches then."""
-        position, tokens = self.source.state(), _tokens(batches)
-        outcome = self.step(batches, self.settings.rate(number))
-        with self.communicator.waiting(f"step {number + 1}"):
-            mx.async_eval(self.step.state, vars(outcome))
-        return _Begun(outcome, position, tokens)
+        """The graph of the step after so many others. The source is at the end of its batches then."""
+        return _Begun(number, self.source.state(), _tokens(batches), self.step(batches, self.settings.rate(number)))
+
+    def _launch(self, begun: _Begun) -> None:
+        """Let the device work on the step that was begun last, if it doesn't yet."""
+        with self.communicator.waiting(f"step {begun.number + 1}"):
+            mx.async_eval(self.step.state, vars(begun.outcome))
 
     def _goes_on(self, last: int) -> bool:
         """Whether the next step follows this one, and nothing between them needs the weights after this one."""

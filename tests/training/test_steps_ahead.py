@@ -1,4 +1,4 @@
-"""The next step is launched while a step is computed: the run stays what it is, wherever it is stopped."""
+"""The next step is begun while a step is computed: the run stays what it is, wherever it is stopped."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ STEPS = 9
 
 @pytest.fixture(autouse=True)
 def not_compiled():
-    """Steps that are told to compile, which are launched early, without the time that compiling takes."""
+    """Steps that are told to compile, which are begun early, without the time that compiling takes."""
     mx.disable_compile()
     yield
     mx.enable_compile()
 
 
 class Order(Reporter):
-    """What came when: "launched" and "reported"."""
+    """What came when: "begun" and "reported"."""
 
     def __init__(self, monkeypatch):
         self.events, call = [], Step.__call__
-        monkeypatch.setattr(Step, "__call__", lambda *given: (self.events.append("launched"), call(*given))[1])
+        monkeypatch.setattr(Step, "__call__", lambda *given: (self.events.append("begun"), call(*given))[1])
 
     def on_metrics(self, metrics):
         self.events.append("reported")
@@ -49,28 +49,50 @@ def run(folder=None, *, until=None, reporters=(), steps=STEPS, batches=None, **s
     return trainer.run(resume=folder is not None, until=until), weights_of(model), trainer
 
 
-def test_a_step_is_launched_before_the_one_before_it_is_reported(monkeypatch):
+def test_a_step_is_begun_before_the_one_before_it_is_reported(monkeypatch):
     order = Order(monkeypatch)
     run(reporters=[order], steps=4)
     assert order.events == [
-        "launched",
-        "launched",
+        "begun",
+        "begun",
         "reported",
-        "launched",
+        "begun",
         "reported",
-        "launched",
+        "begun",
         "reported",
         "reported",
     ]
 
 
+@pytest.mark.parametrize("room", [True, False])
+def test_it_is_launched_early_only_where_there_is_room_for_two(room, monkeypatch):
+    """So that a run that is held to its plan takes no more than that."""
+    order, launch, known = Order(monkeypatch), Trainer._launch, []
+
+    def launched(trainer, begun):
+        if not any(begun is one for one in known):
+            known.append(begun)
+            order.events.append("launched")
+        launch(trainer, begun)
+
+    monkeypatch.setattr(Trainer, "_launch", launched)
+    before = mx.set_memory_limit(2**50 if room else 1)
+    try:
+        run(reporters=[order], steps=3)
+    finally:
+        mx.set_memory_limit(before)
+    early = ["begun", "launched", "begun", "launched", "reported", "begun", "launched", "reported", "reported"]
+    late = ["begun", "launched", "begun", "reported", "launched", "begun", "reported", "launched", "reported"]
+    assert order.events == (early if room else late)
+
+
 @pytest.mark.parametrize(
     "settings", [{"save_every": 1}, {"evaluate_every": 1}, {"accumulation": 2}], ids=["saved", "evaluated", "sums"]
 )
-def test_none_is_launched_where_the_weights_are_needed_in_between(settings, monkeypatch, tmp_path):
+def test_none_is_begun_where_the_weights_are_needed_in_between(settings, monkeypatch, tmp_path):
     order = Order(monkeypatch)
     run(tmp_path, reporters=[order], steps=3, **settings)
-    assert order.events == ["launched", "reported"] * 3
+    assert order.events == ["begun", "reported"] * 3
 
 
 def test_the_run_is_the_same_one(tmp_path):
@@ -89,7 +111,7 @@ def test_data_that_ends_ends_the_run():
 
 
 @pytest.mark.parametrize("at", [1, 4])
-def test_a_signal_ends_it_after_the_step_that_is_launched_and_it_goes_on_from_there(at, tmp_path):
+def test_a_signal_ends_it_after_the_step_that_is_begun_and_it_goes_on_from_there(at, tmp_path):
     class Stop(Reporter):
         def on_metrics(self, metrics):
             if metrics["step"] == at:

@@ -27,13 +27,15 @@ from mlxlm.layers import Cache
 if TYPE_CHECKING:
     from mlxlm.models import Transformer
 
+_MOST = 256
+
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastiveSearch:
     """How the next token is chosen by contrastive search.
 
     alpha: weight of the penalty for repeating, 0 (the likeliest token wins) to 1 (probabilities don't count), default
-    0.6.  top_k: candidates, at least 2, default 4.
+    0.6.  top_k: candidates, 2 to 256, default 4; each is read by the model, so hundreds would be a mistake.
 
     Raises SamplingError for values outside their domain.
     """
@@ -44,8 +46,10 @@ class ContrastiveSearch:
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise SamplingError(f"alpha of contrastive search is {self.alpha}, but must be between 0 and 1")
-        if self.top_k < 2:
-            raise SamplingError(f"contrastive search among the top_k {self.top_k} tokens; valid are 2 and more")
+        if not 2 <= self.top_k <= _MOST:
+            raise SamplingError(
+                f"contrastive search reads each of its top_k {self.top_k} tokens; valid are 2 to {_MOST}, usual 4 to 10"
+            )
 
     def check_sampling(self, sampling: Sampling) -> None:
         """Raise SamplingError for a sampling that draws at random."""

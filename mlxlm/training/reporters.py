@@ -37,7 +37,7 @@ class Reporter:
         """The run starts, or goes on: trainer.progress.step says where."""
 
     def on_metrics(self, metrics: dict[str, Any]) -> None:
-        """Some steps are done."""
+        """Some steps are done. The model may be a step further: weights are read in `on_evaluation` or `on_end`."""
 
     def on_evaluation(self, metrics: dict[str, Any]) -> None:
         """The validation data has been gone through."""

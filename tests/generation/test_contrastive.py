@@ -149,7 +149,8 @@ def test_what_does_not_go_is_said(tiny):
     for options, words in (
         ({"alpha": 1.5}, "alpha of contrastive search is 1.5"),
         ({"alpha": float("nan")}, "nan"),
-        ({"top_k": 1}, "valid are 2 and more"),
+        ({"top_k": 1}, "valid are 2 to 256"),
+        ({"top_k": 257}, "valid are 2 to 256"),
     ):
         with pytest.raises(SamplingError, match=words):
             ContrastiveSearch(**options)

@@ -45,17 +45,17 @@ def error(found: mx.array, right: np.ndarray) -> float:
 
 
 def weight_of(
-    rng: np.random.Generator, dtype: mx.Dtype, rows: int, inputs: int, bits: int, bias: bool
+    rng: np.random.Generator, dtype: mx.Dtype, rows: int, inputs: int, bits: int, bias: bool, group: int = 32
 ) -> tuple[Weight, Any]:
     """A weight and its numbers in float64."""
     own = normal(rng, dtype, rows, inputs) * inputs**-0.5
     shift = normal(rng, dtype, rows) if bias else None
     if not bits:
         return Weight(weight=own.astype(dtype), bias=shift), exact(own.astype(dtype))
-    packed, scales, biases = mx.quantize(own, group_size=32, bits=bits)
+    packed, scales, biases = mx.quantize(own, group_size=group, bits=bits)
     numbers = mx.dequantize(*(a.astype(mx.float32) if a is not packed else a for a in (packed, scales, biases)),
-                            group_size=32, bits=bits)  # fmt: skip
-    return Weight(weight=packed, scales=scales, biases=biases, bias=shift, bits=bits, group_size=32), exact(numbers)
+                            group_size=group, bits=bits)  # fmt: skip
+    return Weight(weight=packed, scales=scales, biases=biases, bias=shift, bits=bits, group_size=group), exact(numbers)
 
 
 @pytest.mark.parametrize("bits", [0, 4, 8])
@@ -69,6 +69,30 @@ def test_a_product_with_all_that_goes_around_it(dtype: mx.Dtype, bits: int) -> N
     normed = exact(x) / np.sqrt((exact(x) ** 2).mean() + 1e-3) * exact(scale)
     inner = numbers @ normed + exact(weight.bias)
     assert error(found, inner / (1 + np.exp(-inner)) + exact(added)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [64, 128])
+def test_groups_of_any_size_and_heads_of_quantized_weights(group: int, bits: int) -> None:
+    rng = np.random.default_rng(group + bits)
+    weight, numbers = weight_of(rng, mx.float32, 6 * 8, 640, bits, bias=True, group=group)
+    x = normal(rng, mx.float32, 640)
+    form = Heads(num_heads=4, num_kv_heads=1, head_dim=8)
+    found = projected_heads(x, weight, form, mx.array([0], dtype=mx.int32), norm=Norm(scale=mx.ones(640), eps=1e-5))
+    normed = exact(x) / np.sqrt((exact(x) ** 2).mean() + 1e-5)
+    assert error(mx.concatenate(found), numbers @ normed + exact(weight.bias)) < 1e-5
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_vectors_and_weights_may_be_parts_of_others(bits: int) -> None:
+    rng = np.random.default_rng(8)
+    whole, numbers = weight_of(rng, mx.float32, 40, 96, bits, bias=True)
+    parts = {name: array[3:24] for name, array in whole.parts().items()}
+    rows = normal(rng, mx.float32, 2, 96)
+    x, added = rows[1], rows[0, 1:22]
+    mx.eval(parts, x, added)
+    found = product(x, Weight(**parts, bits=whole.bits, group_size=whole.group_size), added=added)
+    assert error(found, numbers[3:24] @ exact(x) + exact(whole.bias[3:24]) + exact(added)) < 1e-5
 
 
 @pytest.mark.parametrize("bits", [0, 4])
@@ -171,6 +195,9 @@ ATTENTION = {
     "no shared heads": {"heads": 3, "kv_heads": 3},
     "split keys": {"slots": 2304, "place": 1500},
     "split keys, window": {"slots": 2304, "place": 2303, "window": 600},
+    "a window that is not full": {"place": 3, "window": 7},
+    "the first token, split keys": {"slots": 2304, "place": 0, "window": 5},
+    "a hundred thousand slots": {"slots": 100_096, "place": 70_001, "dim": 16, "heads": 2, "kv_heads": 1},
     "more splits than keys": {"slots": 2304, "place": 2},
 }
 

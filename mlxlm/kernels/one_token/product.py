@@ -110,6 +110,7 @@ def product(
     """added + activation(weight @ norm(x)), (outputs,) of x (inputs,).
 
     gated: the first half of the rows is a gate: activation(gate) * up, (outputs / 2,).  added: (outputs,).
+    x and the weight begin at a multiple of 16 bytes, as arrays of MLX do, and the rows that `Weight.problem` lets pass.
     Raises KeyError for an activation that is not in ACTIVATIONS.
     """
     constants = [("GATED", int(gated)), ("HAS_HEADS", 0), ("HAS_ACTIVATION", int(activation is not None))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -129,6 +130,9 @@ class AlignSettings:
             for name, (holds, expected) in self._demands().items()
             if getattr(self, name) is not None and not holds
         ]
+        problems += [
+            f"{name} is {value}; expected a finite number" for name in OWN if _endless(value := getattr(self, name))
+        ]
         if self.from_rollouts and not self.reward:
             problems.append(
                 "reward is missing: arithmetic, regex:PATTERN, json-schema:FILE, model:FOLDER or MODULE:FUNC"
@@ -205,3 +209,7 @@ class AlignSettings:
 
 
 OWN = tuple(one.name for one in dataclasses.fields(AlignSettings) if one.name not in ("method", "tuning"))
+
+
+def _endless(value: object) -> bool:
+    return isinstance(value, float) and math.isinf(value)

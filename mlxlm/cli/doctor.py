@@ -33,6 +33,8 @@ def doctor(
     """
     if tune != (model is not None):
         raise UsageError("--tune and --model go together: the shapes that are timed are those of a model")
+    if model is not None:
+        _shapes(model)  # a wrong name is told before a minute of checks
     machine()
     failed = [] if skip_check else [*check_attention(), *check_one_token(), *check_norms()]
     if tune:
@@ -121,22 +123,28 @@ def _told(what: str, checks: list[Check], right: str, of: str = ", outputs and g
     return failed
 
 
-def _tune(model: str) -> None:
-    from mlxlm import runtime
+def _shapes(model: str) -> set[Any]:
+    """The kernel shapes of a model's attention layers. Raises the errors of a name that leads to no config."""
     from mlxlm.checkpoint import read_json
-    from mlxlm.kernels.attention import selfcheck
     from mlxlm.models import family_of, find
 
     path = find(model)
     if path.suffix == ".gguf":
         raise UnsupportedModelError("--tune reads shapes from a config.json; give a checkpoint directory or hub id")
     config = family_of(values := read_json(path / "config.json")).read_config(values)
-    shapes = {
+    return {
         _kernel_shape(layer.attention, _modifiers(stack, layer.attention))
         for stack in (config.encoder, config.decoder)
         if stack is not None
         for layer in stack.layers
     }
+
+
+def _tune(model: str) -> None:
+    from mlxlm import runtime
+    from mlxlm.kernels.attention import selfcheck
+
+    shapes = _shapes(model)
     on_cpu = runtime.backend() == "cpu"
     if not on_cpu:  # there a compiled form costs seconds of a C++ compiler at its first step
         _tune_steps(model)

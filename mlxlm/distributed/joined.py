@@ -12,8 +12,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlxlm.data import ColumnShare, RowShare
 from mlxlm.distributed.mesh import AXES, Mesh, parse_mesh
 from mlxlm.distributed.parallel import Parallel
+from mlxlm.distributed.pipeline import SCHEDULES
 from mlxlm.distributed.world import World, connect
-from mlxlm.errors import UsageError
+from mlxlm.errors import UsageError, nearest
 from mlxlm.models import Transformer, TransformerConfig
 
 
@@ -108,7 +109,8 @@ def join(
     """Join the processes that were started with this one, for the mesh that a text describes.
 
     axes: that the work can be shared along; without a text all processes along the first of them.
-    Left with an error, all others end too. Raises UsageError for a mesh or a `zero` that there are no processes for.
+    Left with an error, all others end too. Raises UsageError for a mesh or a `zero` that there are no processes for,
+    and for a schedule without stages.
     """
     with connect(timeout=timeout) as world:
         if world.size == 1 and (mesh not in (None, "auto", "dp=1") or zero):
@@ -117,4 +119,8 @@ def join(
         for axis in AXES:
             if getattr(chosen, axis) > 1 and axis not in axes:
                 raise UsageError(f"--mesh {chosen}: this command can't be shared along {axis}, but {', '.join(axes)}")
+        if schedule not in SCHEDULES:
+            raise UsageError(f"unknown schedule of pipeline stages {schedule!r}{nearest(schedule, SCHEDULES)}")
+        if schedule != SCHEDULES[0] and chosen.pp == 1:
+            raise UsageError(f"{schedule} is a schedule of pipeline stages: give --mesh pp=2 or more too")
         yield Joined(world, chosen, zero, schedule)

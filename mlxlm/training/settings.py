@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,14 +97,14 @@ class TrainSettings:
         return {
             "steps": (self.steps >= 1, "at least 1"),
             "accumulation": (self.accumulation >= 1, "at least 1"),
-            "learning_rate": (self.learning_rate > 0, "a number above 0"),
+            "learning_rate": (0 < self.learning_rate < math.inf, "a number above 0"),
             "betas": (len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers from 0 to below 1"),
-            "eps": (self.eps > 0, "a number above 0"),
+            "eps": (0 < self.eps < math.inf, "a number above 0"),
             "momentum": (0 <= self.momentum < 1, "a number from 0 to below 1"),
-            "weight_decay": (self.weight_decay >= 0, "0 or more"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
             "clip_norm": (clip > 0, "a number above 0, or null"),
             "label_smoothing": (0 <= self.label_smoothing < 1, "a number from 0 to below 1"),
-            "z_loss": (self.z_loss >= 0, "0 or more"),
+            "z_loss": (0 <= self.z_loss < math.inf, "0 or more"),
             "ema_decay": (0 < ema < 1, "a number between 0 and 1, or null"),
             "recompute_layers": (self.recompute_layers >= -1, "a number of layers, or -1 for all"),
             "cache_limit": (isinstance(cache, int) and cache >= 0, "a number of bytes, or null"),

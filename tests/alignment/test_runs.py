@@ -342,6 +342,7 @@ def test_numbers_are_of_the_test_rows_and_the_best_weights_are_told_by_the_valid
         ({"resume_adapter_file": "nowhere"}, "expected an adapter's folder"),
         ({"set": {"rang": 4}}, "unknown key 'rang'"),
         ({"reward": "aritmetic"}, "expected arithmetic"),
+        ({"beta": float("inf")}, "beta is inf; expected a finite number"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -156,6 +156,9 @@ def test_doctor_tunes_the_shapes_of_a_model(mlxlm_command, tiny_directory, tmp_p
     assert out.count("chosen: ") == 4
     assert list((tmp_path / "attention").glob("*.json"))
     assert mlxlm_command("doctor", "--tune")[0] == 2
+    status, out, error = mlxlm_command("doctor", "--tune", "--model", tmp_path / "nowhere")
+    assert (status, out) == (2, "")
+    assert "nowhere" in error
 
 
 @pytest.mark.parametrize(("name", "shapes"), [

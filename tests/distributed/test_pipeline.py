@@ -9,6 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 from small_models import small_model
 
+from mlxlm.distributed import join
 from mlxlm.distributed.pipeline import order
 from mlxlm.distributed.stages import StagePlan, balanced, layer_costs
 from mlxlm.errors import UsageError
@@ -76,3 +77,9 @@ def test_generation_through_two_stages_gives_the_same_tokens(two_ranks):
 @pytest.mark.slow
 def test_generation_through_stages_of_shared_matrices_gives_the_same_tokens(slow_ranks):
     check(slow_ranks(4)["stages"], ["llama", "t5"])
+
+
+def test_a_schedule_is_one_of_stages_that_there_are():
+    for schedule, words in (("1f2b", "did you mean '1f1b'"), ("gpipe", "give --mesh pp=2")):
+        with pytest.raises(UsageError, match=words), join(None, schedule=schedule):
+            pass

@@ -439,6 +439,13 @@ def test_bug_8_unknown_settings_are_refused_all_at_once():
     assert "'warmup'; did you mean 'warmup_steps'" in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["learning_rate", "eps", "weight_decay", "z_loss"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), -1.0])
+def test_numbers_that_would_leave_no_weights_are_refused(name, value):
+    with pytest.raises(UsageError, match=f"{name} is {value}"):
+        TrainSettings(steps=1, **{name: value})
+
+
 def test_a_frozen_model_and_empty_data_are_refused():
     model = tiny_model()
     model.freeze()

@@ -22,6 +22,7 @@ _FORMS = ("no", "pieces", "whole", "fused")
 
 def tune_steps(model: Transformer, *, prompt: int = 512, tokens: int = 64) -> Iterator[str]:
     """Time steps of one row in every form after `prompt` tokens, and record the fastest; yields a line a form.
+    A form that fails on this device is told of and not chosen.
 
     tokens: steps that are timed, after 8 that are not.
     """
@@ -31,8 +32,15 @@ def tune_steps(model: Transformer, *, prompt: int = 512, tokens: int = 64) -> It
     times: dict[str, float] = {}
     for form in _FORMS:
         stepping = replace(Stepping(), compiled=form, ahead=1 if form == "no" else 2)  # type: ignore[arg-type]
-        times[form] = _seconds(model, stepping, prompt, tokens)
-        forget_steps(model)
+        try:
+            times[form] = _seconds(model, stepping, prompt, tokens)
+        except (RuntimeError, ValueError) as error:  # a compiler's or a driver's refusal leaves the other forms
+            if form == "no":
+                raise
+            yield f"decoding, {form}: failed ({' '.join(str(error).split())[:300]})"
+            continue
+        finally:
+            forget_steps(model)
         yield f"decoding, {form}: {1 / times[form]:.0f} tokens/s"
     best = min(times, key=lambda form: times[form])
     backend = runtime.backend()

@@ -41,3 +41,19 @@ def test_every_form_is_timed(tiny):
     ]
     assert lines[-1].startswith("decoding: chosen: ")
     assert default_stepping(model).compiled in lines[-1]
+
+
+def test_a_form_that_fails_is_not_chosen(tiny, monkeypatch):
+    model, _ = tiny
+
+    def seconds(model, stepping, *_):
+        if stepping.compiled == "fused":
+            raise RuntimeError("Unable to build metal library\n  from source")
+        return {"pieces": 0.01}.get(stepping.compiled, 1)
+
+    monkeypatch.setattr(step_tuning, "_seconds", seconds)
+    lines = list(step_tuning.tune_steps(model, prompt=4, tokens=8))
+    assert lines[-2:] == [
+        "decoding, fused: failed (Unable to build metal library from source)", "decoding: chosen: pieces"
+    ]  # fmt: skip
+    assert default_stepping(model).compiled == "pieces"

@@ -44,10 +44,12 @@ def test_a_kernel_that_does_not_compile_is_found(monkeypatch):
 
 def test_failures_of_our_kernels_are_recorded_and_taken_back():
     failed = selfcheck.Check(case="causal", implementation="metal", error=0.3, problem="relative error 3.0e-01")
+    tuning.write_record(runtime.backend(), disabled={"others": "wrong"}, choices={})
     assert selfcheck.record_failures([failed]) == "causal: relative error 3.0e-01"
-    assert tuning.record(runtime.backend()).disabled == {"metal": "causal: relative error 3.0e-01"}
+    kept = {"metal": "causal: relative error 3.0e-01", "others": "wrong"}
+    assert tuning.record(runtime.backend()).disabled == kept
     assert selfcheck.record_failures([]) == ""
-    assert tuning.record(runtime.backend()).disabled == {}
+    assert tuning.record(runtime.backend()).disabled == {"others": "wrong"}
 
 
 def test_on_other_devices_than_metal_nothing_is_checked_at_loading(monkeypatch):

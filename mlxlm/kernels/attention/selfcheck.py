@@ -121,7 +121,8 @@ def record_failures(checks: list[Check]) -> str:
     failed = [check for check in checks if check.implementation == "metal" and check.problem]
     problem = "; ".join(f"{check.case}: {check.problem}" for check in failed[:3])
     known = tuning.record(backend)
-    tuning.write_record(backend, disabled={"metal": problem} if problem else {}, choices=known.choices)
+    others = {name: why for name, why in known.disabled.items() if name != "metal"}
+    tuning.write_record(backend, disabled=others | ({"metal": problem} if problem else {}), choices=known.choices)
     return problem
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -11,12 +12,12 @@ from tools.benchmarks import training as benchmark
 
 
 def test_the_warmup_and_what_comes_after_the_last_step_do_not_count(monkeypatch, capsys):
-    now = iter([0.0, 0.0])  # started
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(now))
+    moments = []
+    monkeypatch.setattr(benchmark, "time", SimpleNamespace(perf_counter=lambda: moments[-1]))
+    moments.append(0.0)
     clock = benchmark.Clock({"mode": "lora", "who": "mlxlm", "warmup": 2, "steps": 3})
-    ends = [90.0, 91.0, 92.0, 94.0, 95.0, 95.1]
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: moment)
-    for moment in ends:
+    for end in (90.0, 91.0, 92.0, 94.0, 95.0, 95.1):
+        moments.append(end)
         clock.step()
     found = clock.figures()
     assert found["steps"] == [1000.0, 2000.0, 1000.0]

@@ -78,7 +78,7 @@ def test_chat_takes_the_same_flags(mlxlm_command, tiny_directory):
             ["--contrastive-alpha", 0.6, "--num-beams", 2],
             "without --logit-bias and --contrastive-alpha",
         ),
-        (["--contrastive-alpha", 0.6, "--top-k", 1], "valid are 2 and more"),
+        (["--contrastive-alpha", 0.6, "--top-k", 1], "valid are 2 to 256"),
         (["--contrastive-alpha", 6], "must be between 0 and 1"),
         (["--contrastive-alpha", 0.6, "--prompt-lookup", 2, "--best-of", 3], "goes without --contrastive-alpha"),
         (["--guidance-scale", 2], "--guidance-scale is an option of guidance: give --negative-prompt too"),

@@ -352,6 +352,17 @@ class Transformer(nn.Module):
                 layer.attention.join()
                 layer.feed_forward.join()
 
+    def train(self, mode: bool = True) -> Transformer:
+        """See `mlx.nn.Module.train`. What was joined for inference is let go: compiled training steps run no code that
+        would notice, and it would stand beside the weights that are trained.
+        """
+        if mode and not self.training:
+            for module in self.modules():
+                if getattr(module, "_joined", None) is not None:
+                    module._joined = None
+        super().train(mode)
+        return self
+
     def make_cache(self, spec: CacheSpec | None = None) -> Cache:
         """An empty key/value cache for the decoder, see `CacheSpec`. Raises UnsupportedModelError for an encoder-only
         model.

@@ -23,8 +23,8 @@ MODELS = {
 
 def settings_of(folder, method, kind, name):
     return settings(
-        folder / kind / "model", folder / kind / "data", folder / name, method=method, iters=3, batch_size=4,
-        steps_per_eval=2, seed=1, dtype="float32",
+        folder / kind / "model", folder / kind / "data", folder / name, method=method, iters=2, batch_size=4,
+        steps_per_eval=1, exact_match=1, seed=1, dtype="float32",
         # Where a gradient is all but zero, Adam divides its rounding by itself.
         **({"optimizer": "sgd", "learning_rate": 0.05} if method in ("full", "last-layers", "bitfit") else {}),
         **({"rank": 4} if method in ("lora", "dora", "qlora") else {}),
@@ -39,7 +39,7 @@ def references(folder, cases):
         save_small_model(name, target, **changes)
         write_character_tokenizer(target)
         rows = ROWS.get(kind, completions)
-        write(folder / kind / "data", train=rows(14, 1), valid=rows(5, 2), test=rows(4, 3))
+        write(folder / kind / "data", train=rows(9, 1), valid=rows(3, 2), test=rows(2, 3))
     for method, kind in {(case.split(" ")[0], case.split(" ")[3]) for case in cases}:
         finetune(settings_of(folder, method, kind, f"{method}-{kind}"), say=lambda text: None)
 

@@ -52,8 +52,8 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def stored(self, name: str) -> StoredArray | None:
-        """A tensor as a view of its file, of which parts can be read alone; None where the file has no such form."""
-        return self._stored(self.tensors[name])
+        """A tensor as a view of its file, of which parts can be read alone; None where no file has it in that form."""
+        return self._stored(self.tensors[name]) if name in self.tensors else None
 
     def load(self, names: Iterable[str] | None = None) -> dict[str, mx.array]:
         """Arrays of the named tensors, default all, in that order.

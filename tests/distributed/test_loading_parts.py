@@ -6,9 +6,12 @@ import jobs
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
+from processes import ROOT
 
 from mlxlm.checkpoint import open_safetensors
 from mlxlm.checkpoint.stored import NotAView
+from mlxlm.models.loading import load_model
 from mlxlm.models.weights import permute, rename, shift, split, split_heads, to_canonical, transpose
 
 CASES = jobs.TWO["loaded"][2]
@@ -81,3 +84,15 @@ def test_what_is_no_view_says_so(tmp_path):
         stored.reshape(3, 2, 2)[:, :1].reshape(-1, 2).reshape(6)
     assert checkpoint.stored("c").read().item() == 5
     np.testing.assert_array_equal(np.array(checkpoint.stored("b").reshape(2, 2, 2).swapaxes(0, 1).reshape(8).read()), 1)
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("name", ["gpt2", "qwen3", "falcon"])
+def test_files_without_views_are_read_all_the_same(name, quantized):
+    path = ROOT / "tests" / "fixtures" / "gguf" / f"{name}.gguf"
+    whole = dict(tree_flatten(load_model(path, quantized=quantized).parameters()))
+    model = load_model(path, quantized=quantized, lazy=True)
+    model._stored.finish(model)
+    lazy = dict(tree_flatten(model.parameters()))
+    assert lazy.keys() == whole.keys()
+    assert all(mx.array_equal(array, whole[key]) for key, array in lazy.items())

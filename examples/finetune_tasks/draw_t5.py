@@ -60,6 +60,8 @@ def draw(data: Path, folder: Path, *, width: int = 96, layers: int = 2, seed: in
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     model = Transformer(family_of(values).read_config(values))
     initialise(model, seed, scale=width**-0.5)  # as T5's authors do; the default is for models ten times as wide
+    for stack in (model.encoder, model.decoder):  # where words stand counts from the first step on
+        stack.positions.weight = 10 * stack.positions.weight
     save(model, load_tokenizer(folder), folder, family="t5")
     return model
 

@@ -5,12 +5,21 @@ from __future__ import annotations
 import jobs
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from small_models import small_model
 
+from mlxlm.distributed.tensor_parallel import share_tensors
 from mlxlm.distributed.tensor_plan import TensorPlan
 from mlxlm.errors import UsageError
+from mlxlm.peft import Ia3, PrefixTuning, apply
 
 MODELS = tuple(jobs.SHARED)
+
+
+class Two:
+    """A communicator of the first of two ranks that say nothing."""
+
+    size, index = 2, 0
 
 
 @pytest.fixture
@@ -54,6 +63,22 @@ def test_every_parameter_is_covered_once_by_the_ranks():
             assert sum(piece.count for piece in pieces) in (array.size, *([] if len(pieces) == 2 else [array.size]))
 
 
+def test_adapters_without_a_rule_are_refused_before_anything_is_cut():
+    for method, said in (
+        (
+            Ia3(targets=("attention.output",)),
+            "attention.output: tensor parallelism has no rule for rescaling outputs there",
+        ),
+        (Ia3(feed_forward=("query",)), "query: tensor parallelism has no rule for rescaling inputs there"),
+        (PrefixTuning(num_tokens=3), "prefix tuning has no rule"),
+    ):
+        model = apply(small_model("llama"), method)
+        before = {name: array.shape for name, array in tree_flatten(model.parameters())}
+        with pytest.raises(UsageError, match=said):
+            share_tensors(model, Two())
+        assert {name: array.shape for name, array in tree_flatten(model.parameters())} == before
+
+
 def test_what_has_no_rule_is_refused():
     model = small_model("llama")
     with pytest.raises(UsageError, match="tp=3: 4 attention heads"):
@@ -61,5 +86,8 @@ def test_what_has_no_rule_is_refused():
     plan = TensorPlan(model.config, 2, 0)
     with pytest.raises(UsageError, match="no rule for tensor parallelism"):
         plan.piece("decoder.layers.0.attention.output.adapters.default.magnitude", (32,))
+    for name in ("head.output.adapters.default.lora_b", "embeddings.token.adapters.default.magnitude"):
+        with pytest.raises(UsageError, match="rows are words has no rule"):
+            plan.piece(name, (67, 4))
     with pytest.raises(UsageError, match="smaller group size"):
         plan.piece("decoder.layers.0.feed_forward.down.scales", (32, 3))

@@ -362,6 +362,18 @@ def test_the_best_weights_may_be_those_of_the_best_f1(mlxlm_command, tiny_direct
     assert "whose macro f1 was highest" in err
 
 
+def test_f1_is_that_of_entities_where_there_are_any(tiny_directory, tmp_path):
+    from mlxlm.training.finetune import prepare
+
+    plain = [{"tokens": ["on", "a", "mat"], "labels": ["O", "O", "O"]}]
+    for name, valid, measure in (("tags", tagged(3, 1), "entity_f1"), ("none", plain, "macro_f1")):
+        data = write(tmp_path / name, train=tagged(8), valid=valid)
+        made = FinetuneSettings(
+            model=str(tiny_directory), data=str(data), best_by="f1", adapter_path=str(tmp_path / "x")
+        )
+        assert prepare(made, say=lambda text: None).train_settings.best_by == measure
+
+
 def test_a_short_run_is_evaluated_every_ten_steps(tiny_directory, tmp_path):
     from mlxlm.training.finetune import prepare
 

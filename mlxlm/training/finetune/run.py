@@ -141,9 +141,9 @@ class Run:
             )
         if wanted == "accuracy":
             return wanted
-        return (
-            "entity_f1" if kind == "tokens" and any(entities([name]) for name in self.examples.labels) else "macro_f1"
-        )
+        rows = self.examples.measured("valid", self.settings) if kind == "tokens" else []
+        found = {label for example in rows for label in example.label if label >= 0}  # type: ignore[union-attr]
+        return "entity_f1" if any(entities([self.examples.labels[label]]) for label in found) else "macro_f1"
 
     def _evaluation_interval(self, steps: int) -> int:
         """A tenth of the run and at least ten steps, or more where an evaluation takes longer than those in between."""

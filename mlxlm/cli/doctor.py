@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlxlm.errors import UnsupportedModelError, UsageError
+from mlxlm.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from mlxlm.kernels.attention.selfcheck import Check
     from mlxlm.layers import AttentionSpec
     from mlxlm.models.config import StackSpec
+
+_CPU_LENGTHS, _LENGTHS = (256, 1024), (512, 2048, 8192)  # at which attention is timed
 
 
 def doctor(
@@ -33,12 +36,16 @@ def doctor(
     """
     if tune != (model is not None):
         raise UsageError("--tune and --model go together: the shapes that are timed are those of a model")
+    path = None
     if model is not None:
-        _shapes(model)  # a wrong name is told before a minute of checks
+        from mlxlm.models import find
+
+        path = find(model)
+        _shapes(path)  # a wrong name is told before a minute of checks
     machine()
     failed = [] if skip_check else [*check_attention(), *check_one_token(), *check_norms()]
-    if tune:
-        _tune(str(model))
+    if path is not None:
+        _tune(path)
     if failed:
         raise typer.Exit(1)
 
@@ -123,15 +130,16 @@ def _told(what: str, checks: list[Check], right: str, of: str = ", outputs and g
     return failed
 
 
-def _shapes(model: str) -> set[Any]:
-    """The kernel shapes of a model's attention layers. Raises the errors of a name that leads to no config."""
+def _shapes(path: Path) -> set[Any]:
+    """The kernel shapes of a model's attention layers.  path: a checkpoint directory or .gguf file."""
     from mlxlm.checkpoint import read_json
-    from mlxlm.models import family_of, find
+    from mlxlm.models import family_of
+    from mlxlm.models.loading import open_model
 
-    path = find(model)
-    if path.suffix == ".gguf":
-        raise UnsupportedModelError("--tune reads shapes from a config.json; give a checkpoint directory or hub id")
-    config = family_of(values := read_json(path / "config.json")).read_config(values)
+    if path.suffix.lower() == ".gguf":
+        config = open_model(path).source.config
+    else:
+        config = family_of(values := read_json(path / "config.json")).read_config(values)
     return {
         _kernel_shape(layer.attention, _modifiers(stack, layer.attention))
         for stack in (config.encoder, config.decoder)
@@ -140,29 +148,29 @@ def _shapes(model: str) -> set[Any]:
     }
 
 
-def _tune(model: str) -> None:
+def _tune(path: Path) -> None:
     from mlxlm import runtime
     from mlxlm.kernels.attention import selfcheck
 
-    shapes = _shapes(model)
+    shapes = _shapes(path)
     on_cpu = runtime.backend() == "cpu"
     if not on_cpu:  # there a compiled form costs seconds of a C++ compiler at its first step
-        _tune_steps(model)
+        _tune_steps(path)
     for shape in sorted(shapes, key=str):
         for line in selfcheck.tune(
             **dict(shape),
             dtype="float32" if on_cpu else "bfloat16",
-            lengths=(256, 1024) if on_cpu else (512, 2048, 8192),
+            lengths=_CPU_LENGTHS if on_cpu else _LENGTHS,
         ):
             print(f"tuned        {line}")
 
 
-def _tune_steps(model: str) -> None:
+def _tune_steps(path: Path) -> None:
     """Time decoding steps where the model decodes, and print what is found."""
     from mlxlm.generation.step_tuning import tune_steps
     from mlxlm.models.loading import load_model
 
-    loaded = load_model(model)
+    loaded = load_model(path)
     if loaded.config.decoder is None or loaded.config.has_memory or not loaded.config.predicts_words:
         return
     for line in tune_steps(loaded):

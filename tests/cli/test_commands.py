@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -151,6 +152,7 @@ def test_doctor_reports_the_machine(mlxlm_command):
 
 def test_doctor_tunes_the_shapes_of_a_model(mlxlm_command, tiny_directory, tmp_path, monkeypatch):
     monkeypatch.setenv("MLXLM_CACHE", str(tmp_path))
+    monkeypatch.setattr("mlxlm.cli.doctor._CPU_LENGTHS", (32, 64))
     status, out, _ = mlxlm_command("doctor", "--skip-check", "--tune", "--model", tiny_directory)
     assert status == 0
     assert out.count("chosen: ") == 4
@@ -173,6 +175,23 @@ def test_doctor_tunes_every_kind_of_attention_of_a_model_once(name, shapes, mlxl
     monkeypatch.setattr(selfcheck, "tune", lambda **shape: asked.append(shape) or [])
     assert mlxlm_command("doctor", "--skip-check", "--tune", "--model", fixture_model(name))[0] == 0
     assert sorted(((s["causal"], s["window"], s["modifiers"]) for s in asked), key=str) == shapes
+
+
+def test_doctor_tunes_gguf_files_and_what_a_hub_id_leads_to(mlxlm_command, monkeypatch):
+    from mlxlm import models, runtime
+    from mlxlm.kernels.attention import selfcheck
+
+    file = Path(__file__).parent.parent / "fixtures" / "gguf" / "qwen3.gguf"
+    asked, timed = [], []
+    monkeypatch.setattr(selfcheck, "tune", lambda **shape: asked.append(shape) or [])
+    monkeypatch.setattr(models, "find", lambda name: file)
+    assert mlxlm_command("doctor", "--skip-check", "--tune", "--model", "some/one")[0] == 0
+    assert len(asked) == 1
+    monkeypatch.setattr("mlxlm.cli.doctor._tune_steps", lambda path: timed.append(path))
+    monkeypatch.setattr(runtime, "backend", lambda: "cuda")
+    monkeypatch.setattr("mlxlm.cli.doctor.machine", lambda: None)
+    assert mlxlm_command("doctor", "--skip-check", "--tune", "--model", "some/one")[0] == 0
+    assert timed == [file]
 
 
 def test_version(mlxlm_command):

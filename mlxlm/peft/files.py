@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import mlx.core as mx
 
 from mlxlm.checkpoint import read_json, save_safetensors, write_json_atomic
-from mlxlm.errors import CheckpointError, ModelNotFoundError, UsageError, nearest
+from mlxlm.errors import CheckpointError, ModelNotFoundError, UsageError, WeightsError, nearest
 from mlxlm.peft.adapters import Adapter, activate, add, content_of
 from mlxlm.peft.bottleneck_format import read_bottleneck, write_bottleneck
 from mlxlm.peft.hub_format import read_peft, write_peft
@@ -34,6 +34,7 @@ LAYOUTS: dict[str, tuple[str, _Read, _Write]] = {
     "adapters": ("adapter", read_bottleneck, write_bottleneck),
     "mlxlm": ("adapter", read_own, write_own),
 }
+_BASES = ("base_model_name_or_path", "model", "model_name")  # where PEFT, mlx-lm and adapters name the model
 _PICKLES = ("adapter_model.bin", "pytorch_adapter.bin", "adapters.npz")
 
 
@@ -70,6 +71,9 @@ def load_adapter(
         method, content = read(model, values, tensors)
     except KeyError as error:
         raise CheckpointError(f"{config} lacks {error}") from None
+    except (UsageError, WeightsError) as error:
+        base = next((values[key] for key in _BASES if values.get(key)), None)
+        raise error if base is None else type(error)(f"{error}; {config.name} says it was {base}") from None
     add(model, name, method, content)
     if active:
         activate(model, name, trainable=trainable)

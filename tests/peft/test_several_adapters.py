@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten, tree_map
 
 import mlxlm
 from mlxlm import peft
-from mlxlm.errors import UsageError
+from mlxlm.errors import MlxlmError, UsageError
 from mlxlm.models import load_model
 from mlxlm.peft.places import at, base_parameters
 
@@ -172,3 +172,10 @@ def test_the_command_line_takes_several(verb, tiny_directory, tmp_path, monkeypa
         status, said = run(*wrong)
         assert (status, said.err.count("\n")) == (2, 1)
         assert message in said.err
+
+
+@pytest.mark.parametrize("other", ["bert", "t5"])
+def test_an_adapter_of_another_model_says_whose_it_is(other, tmp_path):
+    peft.save_adapter(peft.apply(load_model(MODELS / "llama"), peft.Lora(rank=2)), tmp_path)
+    with pytest.raises(MlxlmError, match=r"adapter_config.json says it was .*llama"):
+        peft.load_adapter(load_model(MODELS / other), tmp_path)

@@ -10,6 +10,7 @@ others take the form that comes next.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -96,8 +97,13 @@ def default_stepping(model: Transformer | None = None) -> Stepping:
     """
     choice = os.environ.get("MLXLM_DECODE", "")
     if not choice and model is not None and model._alone:
-        choice = tuning.record(runtime.backend()).choices.get(tuning_key(model), "")
-    return Stepping.parse(choice)
+        measured = tuning.record(runtime.backend()).choices.get(tuning_key(model), "")
+        with contextlib.suppress(UsageError):  # else another version wrote it, which knew other forms
+            return Stepping.parse(measured)
+    try:
+        return Stepping.parse(choice)
+    except UsageError as error:
+        raise UsageError(f"MLXLM_DECODE: {error}") from None
 
 
 def tuning_key(model: Transformer) -> str:

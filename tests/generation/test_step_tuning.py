@@ -5,8 +5,10 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
+from mlxlm import runtime
+from mlxlm.errors import UsageError
 from mlxlm.generation import step_tuning
-from mlxlm.generation.stepping import Stepping, default_stepping
+from mlxlm.generation.stepping import Stepping, default_stepping, tuning_key
 from mlxlm.kernels.attention import tuning
 
 
@@ -31,6 +33,15 @@ def test_the_fastest_form_is_followed(tiny, monkeypatch):
     assert default_stepping() == Stepping()
     monkeypatch.setenv("MLXLM_DECODE", "compiled=no,ahead=3")
     assert default_stepping(model) == Stepping(ahead=3)
+    monkeypatch.setenv("MLXLM_DECODE", "compiled=hole")
+    with pytest.raises(UsageError, match="MLXLM_DECODE: unknown way to compile 'hole'"):
+        default_stepping(model)
+
+
+def test_a_record_of_another_version_is_passed_over(tiny):
+    model, _ = tiny
+    tuning.write_record(runtime.backend(), disabled={}, choices={tuning_key(model): "compiled=by hand"})
+    assert default_stepping(model) == Stepping()
 
 
 def test_every_form_is_timed(tiny):

@@ -64,7 +64,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--method", default="dpo", choices=["dpo", "ipo", "simpo", "orpo"])
     parser.add_argument("--rows", type=int, default=900, help="pairs, default 900; a third is held out")
     parser.add_argument("--epochs", type=int, default=30, help="of teaching, default 30")
-    parser.add_argument("--iters", type=int, default=120, help="updates, default 120")
+    parser.add_argument("--iters", type=int, default=240, help="updates, default 240")
     options = parser.parse_args(words)
     rows = pairs(options.rows, 0)
     ninth = len(rows) // 9

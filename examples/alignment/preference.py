@@ -64,7 +64,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--method", default="dpo", choices=["dpo", "ipo", "simpo", "orpo"])
     parser.add_argument("--rows", type=int, default=900, help="pairs, default 900; a third is held out")
     parser.add_argument("--epochs", type=int, default=30, help="of teaching, default 30")
-    parser.add_argument("--iters", type=int, default=240, help="updates, default 240")
+    parser.add_argument("--iters", type=int, default=140, help="updates, default 140")
     options = parser.parse_args(words)
     rows = pairs(options.rows, 0)
     ninth = len(rows) // 9
@@ -80,7 +80,7 @@ def main(words: list[str] | None = None) -> None:
         {
             "method": options.method, "model": str(options.output / "base"), "data": str(data),
             "reward": "preference:kindness", "fine_tune_type": "full", "iters": options.iters, "batch_size": 16,
-            "learning_rate": 3e-4, "beta": 0.3, "max_tokens": 28, "answers": min(64, len(valid)),
+            "learning_rate": 3e-4, "beta": 1.0, "max_tokens": 28, "answers": min(64, len(valid)),
             "steps_per_eval": max(options.iters // 6, 1),
         },
         title="preference: share of held-out pairs whose kind opinion is preferred",

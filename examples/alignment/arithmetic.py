@@ -30,7 +30,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/arithmetic"), help="default runs/arithmetic")
     parser.add_argument("--method", default="grpo", choices=["grpo", "dr-grpo", "dapo", "ppo"])
     parser.add_argument("--loss", type=float, default=0.5, help="of a token at which teaching ends, default 0.5")
-    parser.add_argument("--iters", type=int, default=600, help="updates, default 600")
+    parser.add_argument("--iters", type=int, default=1000, help="updates, default 1000")
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="default 5e-4")
     parser.add_argument("--most", type=int, default=50, help="numbers are below it, default 50")
     parser.add_argument("--seed", type=int, default=0, help="of weights, sums and answers, default 0")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,11 @@ def test_files_are_of_a_readable_size_and_say_what_they_are(path):
     assert ast.get_docstring(tree), "no docstring"
     public = [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
     assert [n.name for n in public if not ast.get_docstring(n)] == []
+
+
+def test_no_two_files_of_tests_have_one_name():
+    # pytest imports them by their name alone; the second would be taken for the first.
+    names = Counter(
+        path.name for path in Path(__file__).parent.rglob("*.py") if path.name not in ("__init__.py", "conftest.py")
+    )
+    assert [name for name, count in names.items() if count > 1] == []

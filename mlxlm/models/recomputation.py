@@ -23,8 +23,8 @@ def recomputed(function: Function, aside: Aside | None = None) -> Function:
     gradients (Chen et al. 2016, arXiv:1604.06174). All that gradients flow to must be an argument.
 
     Unlike `mx.checkpoint` it hands no gradient on before all of them are made. Otherwise those of weights, for which
-    nothing in the backward pass waits, are put off to its end, and what they need of every layer stays alive until
-    then: with low-rank adapters an array of the feed-forward's width for each layer.
+    nothing in the backward pass waits, are put off, and what they need stays alive with what the next layer needs:
+    four arrays of the feed-forward's width more where its matrices are trained.
 
     aside: what runs it and its gradients, by themselves, where it evaluates arrays on the way, which otherwise stay.
     """

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from mlxlm.checkpoint import write_bytes_atomic
 from mlxlm.data import IGNORE, Example
 from mlxlm.generation import batch_generate, label_logits, marked, score_labels
 from mlxlm.training.evaluation import Evaluation
@@ -177,6 +178,7 @@ class Samples(Reporter):
         *, writes: bool = True,
     ):  # fmt: skip
         self.path, self.ask, self.asked, self.say, self.writes = folder / "samples.jsonl", ask, asked, say, writes
+        self.last = -1  # the step of the last line
 
     def on_start(self, trainer: Any) -> None:
         """Keep what was said up to the step where the run goes on."""
@@ -184,7 +186,8 @@ class Samples(Reporter):
             return
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= trainer.progress.step]
-        self.path.write_text("".join(kept), encoding="utf-8")
+        write_bytes_atomic(self.path, "".join(kept).encode("utf-8"))
+        self.last = max((json.loads(line)["step"] for line in kept), default=-1)
 
     def on_evaluation(self, metrics: dict[str, Any]) -> None:
         """Ask, show the first answer, keep all."""
@@ -195,6 +198,9 @@ class Samples(Reporter):
             return
         self.say(f"  {brief(self.asked[0], 50)} -> {brief(found[0], 70)}")
         row = {"step": metrics["step"], "answers": dict(zip(self.asked, found, strict=True))}
+        if row["step"] <= self.last:
+            return  # a run that goes on measures its last step once more
+        self.last = row["step"]
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 

@@ -18,7 +18,7 @@ from mlxlm.kernels.one_token import Heads, Norm, Weight
 from mlxlm.kernels.one_token.selfcheck import disabled
 from mlxlm.layers import Attention, Block, Cache, FeedForward, KeyValueCache, TokenPositions
 from mlxlm.layers.cache_storage import FloatStorage
-from mlxlm.layers.joined import JoinedLinear
+from mlxlm.layers.joined import JoinedLinear, form_of, parts_of
 from mlxlm.layers.norms import OffsetRMSNorm, RMSNorm
 from mlxlm.layers.positions import AttentionPositions, Rotary
 from mlxlm.models import LanguageModelHeadSpec
@@ -141,10 +141,9 @@ def _joined(joined: JoinedLinear | None, *layers: nn.Module) -> Weight:
 def _weight(layer: Any) -> Weight:
     """The arrays of a joined or single linear layer, plain or quantized."""
     if isinstance(layer, JoinedLinear):
-        parts, form = layer.parts, layer._form
+        parts, form = layer.parts, layer.form
     elif type(layer) in (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding):
-        parts = {name: layer[name] for name in ("weight", "scales", "biases", "bias") if name in layer}
-        form = {name: getattr(layer, name) for name in ("group_size", "bits", "mode") if hasattr(layer, name)}
+        parts, form = parts_of(layer), form_of(layer)
     else:
         raise Unserved(f"a projection is a {type(layer).__name__}")
     if form.get("mode", "affine") != "affine":

@@ -8,6 +8,7 @@ weights are views of the joined one, so nothing is held twice, and names, saving
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 from mlx import nn
@@ -19,10 +20,24 @@ from mlxlm.kernels.few_rows import pays as blocks_pay
 FEW_TOKENS = 8
 
 _PARTS = ("weight", "scales", "biases", "bias")
+_FORM = ("group_size", "bits", "mode")
+
+
+def parts_of(layer: nn.Module) -> dict[str, mx.array]:
+    """The arrays of a linear layer or an embedding, plain or quantized, by name; only those that it has."""
+    return {name: layer[name] for name in _PARTS if name in layer}
+
+
+def form_of(layer: nn.Module) -> dict[str, Any]:
+    """How its weight is quantized, as keywords of `mx.quantized_matmul`; nothing for a plain one."""
+    return {name: getattr(layer, name) for name in _FORM if hasattr(layer, name)}
 
 
 class JoinedLinear:
-    """Float or quantized linear layers of one input as a single product, as long as they are what they were."""
+    """Float or quantized linear layers of one input as a single product, as long as they are what they were.
+
+    parts, form: as `parts_of` and `form_of` have them, of all layers together.
+    """
 
     def __init__(self, layers: Sequence[nn.Module]):
         self.layers = tuple(layers)
@@ -39,9 +54,8 @@ class JoinedLinear:
                 layer[name] = joined[start : start + array.shape[0]]
                 start += array.shape[0]
             mx.eval([layer[name] for layer in layers])
-        self._held = tuple(_parts_of(layer) for layer in layers)
-        first = layers[0]
-        self._form = {name: getattr(first, name) for name in ("group_size", "bits", "mode") if hasattr(first, name)}
+        self._held = tuple(parts_of(layer) for layer in layers)
+        self.form = form_of(layers[0])
 
     @staticmethod
     def joins(layers: Sequence[nn.Module]) -> bool:
@@ -49,14 +63,14 @@ class JoinedLinear:
         kinds = {type(layer) for layer in layers}
         if len(kinds) != 1 or not kinds <= {nn.Linear, nn.QuantizedLinear}:
             return False
-        forms = {tuple(getattr(layer, name, None) for name in ("group_size", "bits", "mode")) for layer in layers}
-        parts = {tuple((name, layer[name].dtype) for name in _PARTS if name in layer) for layer in layers}
+        forms = {tuple(form_of(layer).items()) for layer in layers}
+        parts = {tuple((name, array.dtype) for name, array in parts_of(layer).items()) for layer in layers}
         return len(forms) == len(parts) == 1
 
     def holds(self, *layers: nn.Module) -> bool:
         """Whether these are the joined layers, and nobody has changed their weights since."""
         return all(
-            layer is own and _same(_parts_of(layer), held)
+            layer is own and _same(parts_of(layer), held)
             for layer, own, held in zip(layers, self.layers, self._held, strict=True)
         )
 
@@ -65,18 +79,14 @@ class JoinedLinear:
         parts = self.parts
         if "scales" in parts:
             out = mx.quantized_matmul(
-                x, parts["weight"], parts["scales"], parts.get("biases"), transpose=True, **self._form
+                x, parts["weight"], parts["scales"], parts.get("biases"), transpose=True, **self.form
             )
             return out + parts["bias"] if "bias" in parts else out
         return linear(x, parts["weight"], parts.get("bias"))
 
 
-def _parts_of(layer: nn.Module) -> tuple[mx.array | None, ...]:
-    return tuple(layer.get(name) for name in _PARTS)
-
-
-def _same(one: Sequence[mx.array | None], other: Sequence[mx.array | None]) -> bool:
-    return all(a is b for a, b in zip(one, other, strict=True))
+def _same(one: dict[str, mx.array], other: dict[str, mx.array]) -> bool:
+    return one.keys() == other.keys() and all(array is other[name] for name, array in one.items())
 
 
 def linear(x: mx.array, weight: mx.array, bias: mx.array | None = None) -> mx.array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlxlm.kernels.one_token.source import Constants, chunk, kernel
+from mlxlm.kernels.one_token.source import Constants, chunk, launch
 
 # Slots of the cache up to which one threadgroup a head reads them all; then one for each SHARE slots, at most MOST.
 _ALONE, _SHARE, _MOST = 2048, 512, 32
@@ -46,20 +46,14 @@ def attend(
     )  # fmt: skip
     inputs = {"query": query, "keys": keys, "values": values, "position": position}
     shapes = {"out": (heads * dim,)} if splits == 1 else {"out": (heads, splits, dim), "weight": (heads, splits, 2)}
-    found = kernel("attend", query.dtype, constants, tuple(inputs), tuple(shapes))(
-        inputs=list(inputs.values()),
-        output_shapes=list(shapes.values()),
-        output_dtypes=[query.dtype if splits == 1 else mx.float32] * len(shapes),
-        grid=(heads * 32 * simdgroups, splits, 1),
-        threadgroup=(32 * simdgroups, 1, 1),
-    )
+    found = launch(
+        "attend", query.dtype, constants, inputs, shapes, threadgroups=(heads, splits), simdgroups=simdgroups,
+        result=query.dtype if splits == 1 else mx.float32,
+    )  # fmt: skip
     if splits == 1:
         return found[0]
-    threads = -(-dim // 32) * 32
-    return kernel("combine", query.dtype, (("HEAD_DIM", dim),), ("partial", "weight"), ("out",))(
-        inputs=found,
-        output_shapes=[(heads * dim,)],
-        output_dtypes=[query.dtype],
-        grid=(heads * threads, 1, 1),
-        threadgroup=(threads, 1, 1),
-    )[0]
+    parts_of_heads = dict(zip(("partial", "weight"), found, strict=True))
+    return launch(
+        "combine", query.dtype, (("HEAD_DIM", dim),), parts_of_heads, {"out": (heads * dim,)},
+        threadgroups=(heads, 1), simdgroups=-(-dim // 32),
+    )[0]  # fmt: skip

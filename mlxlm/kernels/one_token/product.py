@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlxlm.kernels.one_token.source import Constants, chunk, kernel
+from mlxlm.kernels.one_token.source import Constants, chunk, launch
 
 # Simdgroups of a threadgroup: more where they share what is prepared in threadgroup memory, of which all GPUs have
 # that many bytes.
@@ -113,14 +113,16 @@ def product(
     x and the weight begin at a multiple of 16 bytes, as arrays of MLX do, and the rows that `Weight.problem` lets pass.
     Raises KeyError for an activation that is not in ACTIVATIONS.
     """
-    constants = [("GATED", int(gated)), ("HAS_HEADS", 0), ("HAS_ACTIVATION", int(activation is not None))]
-    constants.append(("HAS_ADDED", int(added is not None)))
+    constants: Constants = (
+        ("GATED", int(gated)), ("HAS_HEADS", 0), ("HAS_ACTIVATION", int(activation is not None)),
+        ("HAS_ADDED", int(added is not None)),
+    )  # fmt: skip
     if activation is not None:
         line = f"METAL_FUNC float activate(float x) {{ return {ACTIVATIONS[activation]}; }}"
-        constants.append(("activate", line))  # type: ignore[arg-type]
+        constants = (*constants, ("activate", line))
     more = {} if added is None else {"added": added}
     outputs = weight.shape[0] // 2 if gated else weight.shape[0]
-    return _launch(x, weight, norm, tuple(constants), more, {"out": outputs})[0]
+    return _product(x, weight, norm, constants, more, {"out": outputs})[0]
 
 
 def projected_heads(
@@ -150,23 +152,20 @@ def projected_heads(
     sizes = {"query": heads.num_heads * heads.head_dim, "key": width, "value": width}
     if head_norms is None:
         own = (("GATED", 0), ("HAS_HEADS", 1), *constants)
-        found = _launch(x, weight, norm, own, placed, sizes)
+        found = _product(x, weight, norm, own, placed, sizes)
         return found[0], found[1], found[2]
     of_query, of_key = head_norms
     inputs = {"heads": product(x, weight, norm=norm), "query_norm": of_query.scale, "key_norm": of_key.scale, **placed}
     own = (("SIMDGROUPS", _SIMDGROUPS), ("NORM_EPS", float(of_query.eps)), ("NORM_ROUNDED", int(of_query.rounded)))
     threadgroups = -(-(heads.num_heads + 2 * heads.num_kv_heads) // _SIMDGROUPS)
-    found = kernel("turn", x.dtype, (*own, *constants), tuple(inputs), tuple(sizes))(
-        inputs=list(inputs.values()),
-        output_shapes=[(size,) for size in sizes.values()],
-        output_dtypes=[x.dtype] * len(sizes),
-        grid=(threadgroups * 32 * _SIMDGROUPS, 1, 1),
-        threadgroup=(32 * _SIMDGROUPS, 1, 1),
+    shapes = {name: (size,) for name, size in sizes.items()}
+    found = launch(
+        "turn", x.dtype, (*own, *constants), inputs, shapes, threadgroups=(threadgroups, 1), simdgroups=_SIMDGROUPS
     )
     return found[0], found[1], found[2]
 
 
-def _launch(
+def _product(
     x: mx.array,
     weight: Weight,
     norm: Norm | None,
@@ -188,12 +187,8 @@ def _launch(
     if norm is not None:
         parts["norm"] = norm.scale
         own += [("NORM_EPS", float(norm.eps)), ("NORM_ROUNDED", int(norm.rounded))]
-    run = kernel("product", x.dtype, (*own, *constants), tuple(parts), tuple(outputs))
     threadgroups = -(-rows // (2 * simdgroups))
-    return run(
-        inputs=list(parts.values()),
-        output_shapes=[(size,) for size in outputs.values()],
-        output_dtypes=[x.dtype] * len(outputs),
-        grid=(threadgroups * 32 * simdgroups, 1, 1),
-        threadgroup=(32 * simdgroups, 1, 1),
+    shapes = {name: (size,) for name, size in outputs.items()}
+    return launch(
+        "product", x.dtype, (*own, *constants), parts, shapes, threadgroups=(threadgroups, 1), simdgroups=simdgroups
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -54,6 +54,32 @@ Constants = tuple[tuple[str, int | float | str], ...]
 def chunk(dtype: mx.Dtype) -> int:
     """Elements in the 16 bytes that a lane reads at once."""
     return 16 // dtype.size
+
+
+def launch(
+    name: str,
+    dtype: mx.Dtype,
+    constants: Constants,
+    inputs: Mapping[str, mx.array],
+    outputs: Mapping[str, Sequence[int]],
+    *,
+    threadgroups: tuple[int, int],
+    simdgroups: int,
+    result: mx.Dtype | None = None,
+) -> list[mx.array]:
+    """Run a kernel: what it writes, in order.
+
+    dtype: its element type.  constants: see `kernel`.  inputs: by the names that it has for them.  outputs: shapes by
+    name.  threadgroups: along two axes, each of so many simdgroups.  result: dtype of the outputs, default `dtype`.
+    """
+    threads = 32 * simdgroups
+    return kernel(name, dtype, constants, tuple(inputs), tuple(outputs))(
+        inputs=list(inputs.values()),
+        output_shapes=list(outputs.values()),
+        output_dtypes=[result or dtype] * len(outputs),
+        grid=(threadgroups[0] * threads, threadgroups[1], 1),
+        threadgroup=(threads, 1, 1),
+    )
 
 
 @cache

@@ -56,7 +56,7 @@ class Outcome:
     @property
     def stopped(self) -> bool:
         """Whether a signal ended the run before its time."""
-        return self.result.reason.startswith("SIG")
+        return self.result.stopped
 
     def to_json(self) -> dict[str, Any]:
         """All of it, as results.json has it."""

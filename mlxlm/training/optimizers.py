@@ -15,7 +15,8 @@ from mlxlm.training.settings import TrainSettings
 
 Arrays = dict[str, mx.array]
 
-ELEMENTWISE = ("adamw", "lion", "sgd")  # do to every element the same, whatever its place
+# Do to every element the same, whatever its place. In distributed.parallel too, which is imported only under a mesh.
+ELEMENTWISE = ("adamw", "lion", "sgd")
 
 # Matrices that are tables of words, positions or labels rather than maps between features.
 _TABLE = re.compile(r"(^|\.)(embeddings|positions|head|pooler)\.")

@@ -52,6 +52,11 @@ class Result:
     skipped: int
     shapes: int
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal ended the run before its time."""
+        return self.reason.startswith("SIG")
+
 
 @dataclass
 class Clock:

@@ -66,10 +66,8 @@ class MetricsFile(Reporter):
     def on_start(self, trainer: Any) -> None:
         """Keep the lines up to the step where the run goes on, whole ones alone."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.is_file():
-            kept = [row for row in read_metrics(self.path) if row["step"] <= trainer.progress.step]
-            write_bytes_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-            self._there = {(row["step"], "valid_loss" in row) for row in kept}
+        kept = keep_until(self.path, trainer.progress.step)
+        self._there = {(row["step"], "valid_loss" in row) for row in kept}
 
     def on_metrics(self, metrics: dict[str, Any]) -> None:
         """Append a line."""
@@ -88,6 +86,15 @@ class MetricsFile(Reporter):
                 file.write(json.dumps(row) + "\n")
         except OSError as error:  # a full disk; the weights matter more than a line about them
             print(f"warning: can't write {self.path}: {error.strerror}", file=sys.stderr)
+
+
+def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Cut off what a file of rows, one JSON object a line, says of later steps, and torn lines; the rows that stay."""
+    if not path.is_file():
+        return []
+    kept = [row for row in read_metrics(path) if row["step"] <= step]
+    write_bytes_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept).encode())
+    return kept
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

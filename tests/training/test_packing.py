@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from mlxlm import peft
-from mlxlm.training import Optimizer, Trainer, TrainSettings, WordLoss, step
+from mlxlm.distributed import parallel
+from mlxlm.training import Optimizer, Trainer, TrainSettings, WordLoss, optimizers, step
 from mlxlm.training.packing import Packing
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -133,3 +134,8 @@ def test_the_norm_of_large_and_small_arrays_is_that_of_all(dtype, monkeypatch):
     assert step._square_sum(given).item() == pytest.approx(expected, rel=1e-5)
     given[1] = given[1] * mx.inf  # the large matrix
     assert not np.isfinite(step._square_sum(given).item())
+
+
+def test_what_may_be_joined_is_what_may_be_shared():
+    # The name stands twice, since training without a mesh imports nothing of mlxlm.distributed.
+    assert optimizers.ELEMENTWISE == parallel.ELEMENTWISE

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from mlxlm.checkpoint import write_bytes_atomic
 from mlxlm.data import IGNORE, Example
 from mlxlm.generation import batch_generate, label_logits, marked, score_labels
 from mlxlm.training.evaluation import Evaluation
 from mlxlm.training.finetune.data import Kind, question
-from mlxlm.training.reporters import Reporter
+from mlxlm.training.reporters import Reporter, keep_until
 
 if TYPE_CHECKING:
     from mlxlm.models import Transformer
@@ -182,12 +181,8 @@ class Samples(Reporter):
 
     def on_start(self, trainer: Any) -> None:
         """Keep what was said up to the step where the run goes on."""
-        if not self.writes or not self.path.is_file():
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= trainer.progress.step]
-        write_bytes_atomic(self.path, "".join(kept).encode("utf-8"))
-        self.last = max((json.loads(line)["step"] for line in kept), default=-1)
+        if self.writes:
+            self.last = max((row["step"] for row in keep_until(self.path, trainer.progress.step)), default=-1)
 
     def on_evaluation(self, metrics: dict[str, Any]) -> None:
         """Ask, show the first answer, keep all."""
